@@ -1,0 +1,427 @@
+"""Pairing: find the LoRA pairs (lora_B, lora_A) of a module, and their scaling.
+
+Pairs are found by module, not by shape or order: PEFT's layers, and any submodule with ``lora_A``
+and ``lora_B`` (parameters, Linear layers, or dicts of them per adapter) and an optional
+``scaling`` (a number, or a dict per adapter). What looks like LoRA and cannot be paired is an
+error that names the tensor and the cure, never quietly plain Adam.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from loft_kernels.plan import GROUP_OPTIONS
+from loft_kernels.state import check_factor
+
+logger = logging.getLogger("loft_kernels")
+
+OnUnsupported = Literal["error", "adamw"]
+
+# Variants of PEFT's LoRA layer whose product is still s * B @ A of the stored factors: DoRA
+# rescales the result, aLoRA picks the tokens it applies to.
+_PLAIN_VARIANTS = ("Dora", "ALora")
+
+_FACTOR_NAME = re.compile(r"(^|\.)lora_(?P<side>[AB])(?=\.|$)")
+
+
+class Scaling:
+    """The scaling s of one pair, read from its module at every step while the module lives.
+
+    A copy or pickle of the optimizer keeps the last value read.
+    """
+
+    def __init__(self, value: float, module: nn.Module | None = None, adapter: str = "") -> None:
+        """Start from a number, or follow ``module.scaling`` (a number or a dict of adapters)."""
+        self._value = float(value)
+        self._module = None if module is None else weakref.ref(module)
+        self._adapter = adapter
+
+    def read(self) -> float:
+        """Return the current scaling.
+
+        Raises:
+            ValueError: it is zero or not finite: the pair has no effect and no update.
+        """
+        module = None if self._module is None else self._module()
+        if module is not None:
+            self._value = _scaling_of(module, self._adapter)
+        if self._value == 0 or self._value - self._value != 0:
+            raise ValueError(
+                f"scaling {self._value} of adapter {self._adapter or 'default'!r}: LoFT divides by "
+                "alpha/r, so it must be finite and not 0 (is lora_alpha 0, or an adapter disabled?)"
+            )
+        return self._value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Drop the module, which neither pickles nor belongs to the optimizer."""
+        return {"_value": self._value, "_module": None, "_adapter": self._adapter}
+
+
+@dataclass(slots=True)
+class LoRAPair:
+    """A pair as found: ``W = W0 + scaling * lora_B @ lora_A``.
+
+    Attributes:
+        name: name of the adapted layer and adapter.
+        lora_B: ``[m, r]``.
+        lora_A: ``[r, n]``.
+        scaling: alpha/r (alpha/sqrt(r) for rsLoRA); a number or a :class:`Scaling`.
+        name_B: full parameter name of lora_B.
+        name_A: full parameter name of lora_A.
+    """
+
+    name: str
+    lora_B: Tensor
+    lora_A: Tensor
+    scaling: Scaling
+    name_B: str
+    name_A: str
+
+
+@dataclass(slots=True)
+class Adapters:
+    """What a module holds for the optimizer.
+
+    Attributes:
+        pairs: pairs with at least one trainable factor.
+        plain: all other trainable parameters with their names.
+        unpaired: names of trainable factors that train with plain AdamW, with the reason.
+    """
+
+    pairs: list[LoRAPair]
+    plain: Sequence[tuple[str, Tensor]]
+    unpaired: dict[str, str]
+
+    def summary(self) -> str:
+        """Describe the pairing in one line."""
+        ranks = sorted({p.lora_A.shape[0] for p in self.pairs})
+        line = f"LoFT: {len(self.pairs)} LoRA pairs (ranks {ranks}), {len(self.plain)} parameters"
+        line += " on plain AdamW"
+        if self.unpaired:
+            line += f", {len(self.unpaired)} of them LoRA factors that LoFT does not serve"
+        return line
+
+
+def find_adapters(module: nn.Module, on_unsupported: OnUnsupported = "error") -> Adapters:
+    """Find the LoRA pairs of a module and everything else that it trains.
+
+    Args:
+        module: any module; wrappers (DDP, torch.compile) do not matter.
+        on_unsupported: "error" raises for LoRA factors that LoFT cannot serve; "adamw" trains
+            them with plain AdamW and warns. Convolution and embedding adapters and PEFT variants
+            with another product than B @ A always go to AdamW with a warning.
+
+    Raises:
+        ValueError: no trainable pair at all, a factor without its partner, shapes that do not
+            fit, a flattened factor, one tensor in two pairs, factors that share memory.
+        NotImplementedError: sharded, quantized or mixture-of-experts factors.
+        TypeError: complex or integer factors.
+    """
+    names = {id(p): n for n, p in module.named_parameters()}
+    pairs: list[LoRAPair] = []
+    unpaired: dict[str, str] = {}
+    for path, layer in module.named_modules():
+        for candidate in _candidates(path, layer, names):
+            if not any(f is not None and f.requires_grad for f in candidate.factors):
+                continue
+            pair = _accept(candidate, on_unsupported, unpaired)
+            if pair is not None:
+                pairs.append(pair)
+    pairs = _without_shared_memory(pairs, on_unsupported, unpaired)
+    if not pairs:
+        raise ValueError(_no_pairs_message(module, unpaired))
+    if unpaired:
+        reasons = "; ".join(f"{n}: {why}" for n, why in list(unpaired.items())[:4])
+        warnings.warn(
+            f"{len(unpaired)} LoRA factors train with plain AdamW instead of LoFT ({reasons})",
+            UserWarning,
+            stacklevel=3,
+        )
+    paired = {id(t) for p in pairs for t in (p.lora_B, p.lora_A)}
+    plain = [
+        (n, p) for n, p in module.named_parameters() if p.requires_grad and id(p) not in paired
+    ]
+    return Adapters(pairs, plain, unpaired)
+
+
+def loft_param_groups(
+    module: nn.Module, *, on_unsupported: OnUnsupported = "error", **options: Any
+) -> list[dict[str, Any]]:
+    """Build parameter groups that carry the pairing: the pairs first, then everything else.
+
+    Args:
+        module: a model with LoRA adapters.
+        on_unsupported: see :func:`find_adapters`.
+        **options: group options for all groups (lr, betas, eps, weight_decay, ...).
+
+    Returns:
+        One or two groups (none is empty) with named parameters; the first has a key
+        ``lora_pairs`` that :class:`LoFTAdamW` takes out. A frozen factor of a trainable pair is
+        listed too: the optimizer needs it to read. One summary line is logged.
+
+    Raises:
+        TypeError: an option that LoFTAdamW does not have.
+        ValueError: see :func:`find_adapters`.
+    """
+    unknown = sorted(options.keys() - GROUP_OPTIONS)
+    if unknown:
+        raise TypeError(f"unknown group options {unknown}; known are {sorted(GROUP_OPTIONS)}")
+    found = find_adapters(module, on_unsupported)
+    logger.info(found.summary())
+    factors = [
+        (name, factor)
+        for p in found.pairs
+        for name, factor in ((p.name_B, p.lora_B), (p.name_A, p.lora_A))
+    ]
+    groups: list[dict[str, Any]] = [{"params": factors, "lora_pairs": found.pairs, **options}]
+    if found.plain:
+        groups.append({"params": list(found.plain), "lora_pairs": [], **options})
+    return groups
+
+
+NamedScaling = float | Mapping[str, float] | None
+
+
+def pairs_from_names(named: Sequence[tuple[str, Tensor, NamedScaling]]) -> list[LoRAPair]:
+    """Pair named parameters by ``.lora_A.`` and ``.lora_B.`` in their names.
+
+    Args:
+        named: name, tensor and what its group says of the scaling: s of all its pairs, or a dict
+            from the layer's name (what stands before ``.lora_A``) to s. Names do not carry it.
+
+    Raises:
+        ValueError: there are LoRA names but no scaling, or a factor has no partner.
+    """
+    sides: dict[str, dict[str, tuple[str, Tensor, NamedScaling]]] = {}
+    for entry in named:
+        match = _FACTOR_NAME.search(entry[0])
+        if match:
+            key = entry[0][: match.start("side")] + "?" + entry[0][match.end("side") :]
+            sides.setdefault(key, {})[match["side"]] = entry
+    pairs = []
+    for key, found in sides.items():
+        if len(found) < 2:
+            ((name, tensor, _),) = found.values()
+            raise ValueError(_partner_message(name, tuple(tensor.shape)))
+        layer = key.split("lora_?")[0].rstrip(".")
+        (name_b, b, scaling), (name_a, a, _) = found["B"], found["A"]
+        value = scaling.get(layer) if isinstance(scaling, Mapping) else scaling
+        if value is None:
+            raise ValueError(
+                f"{name_b} and {name_a} form a LoRA pair, but names do not tell its scaling "
+                "alpha/r. Pass the model itself, LoFTAdamW(model, ...), or give the parameter "
+                "group a key 'scaling' (a number, or a dict from layer name to number)"
+            )
+        _check_shapes(name_b, b, name_a, a)
+        pairs.append(LoRAPair(layer, b, a, Scaling(value), name_b, name_a))
+    return pairs
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """One adapter of one layer before it is accepted as a pair."""
+
+    layer: nn.Module
+    path: str
+    adapter: str
+    b: Tensor | None
+    a: Tensor | None
+    name_b: str
+    name_a: str
+    embedding: bool = False
+
+    @property
+    def factors(self) -> tuple[Tensor | None, Tensor | None]:
+        """Both tensors, either of which may be missing."""
+        return self.b, self.a
+
+
+def _candidates(path: str, layer: nn.Module, names: Mapping[int, str]) -> Iterator[_Candidate]:
+    """List the adapters of one layer."""
+    for key, embedding in (("lora_{}", False), ("lora_embedding_{}", True)):
+        key_a, key_b = key.format("A"), key.format("B")
+        side_a = _entries(getattr(layer, key_a, None))
+        side_b = _entries(getattr(layer, key_b, None))
+        for adapter in dict.fromkeys([*side_b, *side_a]):
+            b, a = side_b.get(adapter), side_a.get(adapter)
+            suffix = f".{adapter}" if adapter else ""
+            prefix = f"{path}." if path else ""
+            name_b = names.get(id(b), f"{prefix}{key_b}{suffix}")
+            name_a = names.get(id(a), f"{prefix}{key_a}{suffix}")
+            yield _Candidate(layer, path, adapter, b, a, name_b, name_a, embedding)
+
+
+def _entries(side: Any) -> dict[str, Tensor]:
+    """Read ``lora_A`` or ``lora_B``: a tensor, a layer with a weight, or a dict of either."""
+    if side is None:
+        return {}
+    if isinstance(side, Tensor):
+        return {"": side}
+    if isinstance(side, nn.ModuleDict | nn.ParameterDict | Mapping):
+        nested = {name: _entries(value) for name, value in side.items()}
+        return {name: entry[""] for name, entry in nested.items() if "" in entry}
+    weight = getattr(side, "weight", None)
+    return {"": weight} if isinstance(weight, Tensor) else {}
+
+
+def _accept(
+    candidate: _Candidate, on_unsupported: OnUnsupported, unpaired: dict[str, str]
+) -> LoRAPair | None:
+    """Turn a candidate into a pair, or note why its factors train with plain AdamW."""
+    tensors = zip((candidate.name_b, candidate.name_a), candidate.factors, strict=True)
+    trainable = [n for n, t in tensors if t is not None and t.requires_grad]
+    reason = _other_product(candidate)
+    if reason is not None:
+        unpaired.update(dict.fromkeys(trainable, reason))
+        return None
+    try:
+        return _strict_pair(candidate)
+    except (ValueError, NotImplementedError) as error:
+        if on_unsupported != "adamw":
+            raise
+        unpaired.update(dict.fromkeys(trainable, str(error).split(":")[0]))
+        return None
+
+
+def _strict_pair(candidate: _Candidate) -> LoRAPair:
+    """Check everything that a pair must satisfy."""
+    b, a, name_b, name_a = candidate.b, candidate.a, candidate.name_b, candidate.name_a
+    if b is None or a is None:
+        present, name = (a, name_a) if b is None else (b, name_b)
+        shape = () if present is None else tuple(present.shape)
+        raise ValueError(_partner_message(name, shape))
+    experts = int(getattr(candidate.layer, "num_experts", 1) or 1)
+    if experts > 1:
+        raise NotImplementedError(
+            f"{name_b}: one tensor holds the factors of {experts} experts interleaved "
+            "(PEFT target_parameters), which is not one LoRA pair. Use target_modules, or "
+            "on_unsupported='adamw' to train these factors with plain AdamW"
+        )
+    _check_shapes(name_b, b, name_a, a)
+    scaling = Scaling(1.0, candidate.layer, candidate.adapter)
+    scaling.read()
+    name = f"{candidate.path}[{candidate.adapter}]" if candidate.adapter else candidate.path
+    return LoRAPair(name, b, a, scaling, name_b, name_a)
+
+
+def _check_shapes(name_b: str, b: Tensor, name_a: str, a: Tensor) -> None:
+    """Check that two tensors can be lora_B ``[m, r]`` and lora_A ``[r, n]``."""
+    for name, tensor in ((name_b, b), (name_a, a)):
+        if not tensor.is_meta:
+            check_factor(name, tensor)
+    if b.dim() != 2 or a.dim() != 2 or b.shape[1] != a.shape[0]:
+        raise ValueError(
+            f"{name_b} of shape {tuple(b.shape)} and {name_a} of shape {tuple(a.shape)} do not "
+            "form B @ A: lora_B must be [m, r] and lora_A [r, n] with one rank r"
+        )
+    if a.shape[0] == 0:
+        raise ValueError(f"{name_a} has rank 0: remove the adapter or give it a rank >= 1")
+
+
+def _other_product(candidate: _Candidate) -> str | None:
+    """Name the kinds of adapter whose product is not s * B @ A of two stored matrices."""
+    if candidate.embedding:
+        return "embedding adapter"
+    if any(t is not None and t.dim() > 2 for t in candidate.factors):
+        return "convolution adapter"
+    variants = getattr(candidate.layer, "lora_variant", None)
+    variant = variants.get(candidate.adapter) if isinstance(variants, Mapping) else None
+    if variant is not None:
+        kind = type(variant).__name__
+        if not kind.lstrip("_").startswith(_PLAIN_VARIANTS):
+            return f"PEFT variant {kind}"
+    return None
+
+
+def _without_shared_memory(
+    pairs: list[LoRAPair], on_unsupported: OnUnsupported, unpaired: dict[str, str]
+) -> list[LoRAPair]:
+    """Refuse pairs whose factors are, or overlap, factors of another pair (tied adapters)."""
+    shared = _overlapping(pairs)
+    if not shared:
+        return pairs
+    first, second = next(iter(shared.values()))
+    if on_unsupported != "adamw":
+        raise ValueError(
+            f"{first} and {second} share memory (tied adapters): each step would move it twice. "
+            "Untie them (PEFT: ensure_weight_tying=False, or adapt only one of the tied layers), "
+            "or use on_unsupported='adamw'"
+        )
+    kept = []
+    for pair in pairs:
+        tied = [n for n in (pair.name_B, pair.name_A) if n in shared]
+        if tied:
+            unpaired.update(dict.fromkeys((pair.name_B, pair.name_A), "tied adapter"))
+        else:
+            kept.append(pair)
+    return kept
+
+
+def _overlapping(pairs: list[LoRAPair]) -> dict[str, tuple[str, str]]:
+    """Map every factor that shares memory with another one to the two names."""
+    spans = []
+    for pair in pairs:
+        for name, tensor in ((pair.name_B, pair.lora_B), (pair.name_A, pair.lora_A)):
+            if tensor.is_meta or tensor.numel() == 0:
+                continue
+            reach = sum(
+                (n - 1) * abs(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True)
+            )
+            start = tensor.data_ptr()
+            spans.append((str(tensor.device), start, start + (reach + 1) * tensor.itemsize, name))
+    spans.sort()
+    shared: dict[str, tuple[str, str]] = {}
+    furthest: tuple[str, int, str] | None = None
+    for device, start, end, name in spans:
+        if furthest is not None and furthest[0] == device and start < furthest[1]:
+            shared[name] = shared[furthest[2]] = (furthest[2], name)
+        if furthest is None or furthest[0] != device or end > furthest[1]:
+            furthest = (device, end, name)
+    return shared
+
+
+def _scaling_of(module: nn.Module, adapter: str) -> float:
+    """Read a layer's scaling: a number, or a dict of adapters; 1 where there is none."""
+    scaling = getattr(module, "scaling", 1.0)
+    if isinstance(scaling, Mapping):
+        scaling = scaling.get(adapter, 1.0)
+    return float(scaling.item() if isinstance(scaling, torch.Tensor) else scaling)
+
+
+def _partner_message(name: str, shape: tuple[int, ...]) -> str:
+    """Describe a factor without its partner."""
+    missing = _FACTOR_NAME.sub(
+        lambda m: f"{m[1]}lora_{'B' if m['side'] == 'A' else 'A'}", name, count=1
+    )
+    return (
+        f"{name} of shape {shape} has no partner {missing}: LoFT needs both factors of a LoRA "
+        "pair. Pass the whole model (or both factors in the same optimizer), or "
+        "on_unsupported='adamw' to train it with plain AdamW"
+    )
+
+
+def _no_pairs_message(module: nn.Module, unpaired: Mapping[str, str]) -> str:
+    """Describe a module without a trainable pair."""
+    frozen = sum(1 for n, _ in module.named_parameters() if _FACTOR_NAME.search(n))
+    hint = ""
+    if frozen:
+        hint = (
+            f" There are {frozen} lora_A/lora_B parameters, but none is trainable: load the "
+            "adapter with is_trainable=True, or activate it with set_adapter()."
+        )
+    if unpaired:
+        hint += f" Not served by LoFT: {dict(list(unpaired.items())[:4])}."
+    return (
+        f"no trainable LoRA pair in {type(module).__name__}: looked for submodules with lora_A and "
+        f"lora_B (parameters, Linear layers, or dicts of them per adapter).{hint} For a model "
+        "without adapters use torch.optim.AdamW"
+    )

@@ -1,0 +1,243 @@
+"""One LoFT step over all pairs: read everything, decide once, then write.
+
+The driver of the reference path, split where every backend splits: :func:`prepare` reads the
+snapshot (both factors as they were when the gradient was computed) and measures, and
+:func:`apply_` transports the moments and moves the factors. Between the two stands one decision
+for the whole optimizer (see ``clipping.py``): is everything finite, and how are gradients scaled?
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loft_kernels import reference as ref
+from loft_kernels.plan import Factor, Pair
+from loft_kernels.state import refresh_master_, state_dtype
+
+
+@dataclass(slots=True)
+class HostNumbers:
+    """What the host knows of one side after the only synchronisation of the step.
+
+    Attributes:
+        step: steps taken so far.
+        guard: bound on m~^2 / v so far.
+        norm_sq: ``||G P||_F^2`` of this gradient.
+        peak_sq: largest squared row norm of it; not finite if the gradient is not.
+        unchanged: the partner's basis is bitwise that of the last visit.
+    """
+
+    step: int = 0
+    guard: float = 0.0
+    norm_sq: float = 0.0
+    peak_sq: float = 0.0
+    unchanged: bool = False
+
+
+@dataclass(slots=True)
+class Side:
+    """One factor of a pair after :func:`prepare`; nothing is written yet.
+
+    Attributes:
+        factor: the factor and its state.
+        basis: orthonormal basis of the partner's snapshot.
+        g: scaled gradient in that basis, ``rows x r`` fp64.
+        remembered: what the state keeps of the partner: Q, or L without calibration.
+        host: numbers that the host decides on.
+    """
+
+    factor: Factor
+    basis: ref.Basis
+    g: Tensor
+    remembered: Tensor
+    host: HostNumbers = field(default_factory=HostNumbers)
+
+
+@dataclass(slots=True)
+class PreparedPair:
+    """A pair and those of its sides that have a gradient, B first."""
+
+    pair: Pair
+    sides: list[Side]
+
+    def moves(self) -> list[bool]:
+        """Tell which sides move: B first, then in turns; a lone side moves at every step."""
+        if len(self.sides) < 2 or not self.pair.options.alternate:
+            return [True] * len(self.sides)
+        # The phase is the parity of the pair's own count; a side that was frozen for a while
+        # has taken fewer steps than the pair.
+        phase = max(side.host.step for side in self.sides) % 2
+        return [phase == 0, phase == 1]
+
+
+def prepare(
+    pairs: Sequence[Pair], extra: Sequence[Tensor]
+) -> tuple[list[PreparedPair], list[float]]:
+    """Compute bases and scaled gradients of all pairs and read the numbers to decide on.
+
+    Args:
+        pairs: checked pairs with at least one gradient each; neither parameters, gradients nor
+            state are changed.
+        extra: further 0-d tensors to bring to the host in the same transfer.
+
+    Returns:
+        The prepared pairs in order, and the values of ``extra``.
+    """
+    wanted = [(p, x, y) for p in pairs for x, y in p.sides if x.grad is not None]
+    bases = ref.orthonormal_bases(
+        [y.rows for _, _, y in wanted], [p.options.damping for p, _, _ in wanted]
+    )
+    prepared = [PreparedPair(p, []) for p in pairs]
+    slots = {id(entry.pair): entry for entry in prepared}
+    numbers: list[Tensor] = []
+    for (pair, factor, _), basis in zip(wanted, bases, strict=True):
+        side = _side(pair, factor, basis)
+        slots[id(pair)].sides.append(side)
+        numbers += _numbers(side, pair)
+    values = iter(_to_host([*numbers, *extra]))
+    for entry in prepared:
+        for side in entry.sides:
+            step, guard, norm_sq, peak_sq, unchanged = (next(values) for _ in range(5))
+            side.host = HostNumbers(int(step), guard, norm_sq, peak_sq, bool(unchanged))
+    return prepared, list(values)
+
+
+def apply_(prepared: PreparedPair, coefficient: float) -> None:
+    """Advance the state of a pair and move its factor(s), in place.
+
+    Args:
+        prepared: the pair; its state must be allocated.
+        coefficient: multiplies both gradients (clipping, unscaling).
+    """
+    options = prepared.pair.options
+    if options.maximize:
+        coefficient = -coefficient
+    for side, moving in zip(prepared.sides, prepared.moves(), strict=True):
+        _advance_moments_(side, prepared.pair, coefficient)
+        if moving:
+            _move_factor_(side, prepared.pair)
+
+
+def _side(pair: Pair, factor: Factor, basis: ref.Basis) -> Side:
+    """Scale one gradient; inf or NaN anywhere in it stays visible in the result."""
+    g = ref.scaled_gradient(factor.grad_rows, basis, pair.scaling)
+    kept = basis.q if pair.options.calibrate else basis.chol
+    return Side(factor, basis, g, kept.to(state_dtype(factor.param)))
+
+
+def _numbers(side: Side, pair: Pair) -> list[Tensor]:
+    """List the 0-d tensors behind :class:`HostNumbers`."""
+    state, zero = side.factor.state, side.g.new_zeros(())
+    row_sq = side.g.square().sum(dim=1)
+    last = state.get(_memory_key(pair))
+    unchanged = zero if last is None else (last == side.remembered).all()
+    step, guard = state.get("step", zero), state.get("guard", zero)
+    return [step, guard, row_sq.sum(), row_sq.max(), unchanged]
+
+
+def _memory_key(pair: Pair) -> str:
+    """Name the state entry that remembers the partner of the last visit."""
+    return "partner_basis" if pair.options.calibrate else "partner_cholesky"
+
+
+def _advance_moments_(side: Side, pair: Pair, coefficient: float) -> None:
+    """Transport both moments into the new basis and accumulate the gradient."""
+    options, state, host = pair.options, side.factor.state, side.host
+    scaled = side.g * coefficient
+    g = scaled.to(state["exp_avg"].dtype)
+    memory = state[_memory_key(pair)]
+    change = None
+    if not host.unchanged:
+        find = ref.transition if options.calibrate else ref.transition_uncalibrated
+        change = find(memory, side.remembered)
+    ref.update_first_moment_(state["exp_avg"], g, change, options.beta1)
+    if options.second_moment == "full":
+        ref.update_second_moment_(state["second_moment"], g, change, options.beta2)
+        host.guard = ref.update_guard(host.guard, options.beta1, options.beta2)
+        state["guard"].fill_(host.guard)
+    else:
+        ref.update_elementwise_moment_(state["second_moment"], scaled, side.basis, options.beta2)
+    memory.copy_(side.remembered)
+    host.step += 1
+    state["step"].fill_(host.step)
+
+
+def _move_factor_(side: Side, pair: Pair) -> None:
+    """Take the virtual Adam step, project it back and write the factor."""
+    options, state, factor = pair.options, side.factor.state, side.factor
+    bias1 = ref.bias_correction(options.beta1, side.host.step)
+    bias2 = ref.bias_correction(options.beta2, side.host.step)
+    if options.second_moment == "full":
+        projected = ref.virtual_adam_projection(
+            state["exp_avg"],
+            state["second_moment"],
+            side.basis.q.to(state["exp_avg"].dtype),
+            bias_correction1=bias1,
+            bias_correction2=bias2,
+            eps=options.eps,
+            guard=side.host.guard,
+        )
+        direction = projected.double() @ side.basis.chol_inv
+    else:
+        direction = ref.elementwise_adam_step(
+            state["exp_avg"],
+            state["second_moment"],
+            side.basis,
+            bias_correction1=bias1,
+            bias_correction2=bias2,
+            eps=options.eps,
+        )
+    refresh_master_(factor)
+    stored = state.get("master", factor.rows)
+    moved = ref.moved_factor(
+        stored,
+        direction,
+        lr=_rounded(factor.lr, state_dtype(factor.param)),
+        weight_decay=options.weight_decay,
+        scaling=pair.scaling,
+    )
+    stored.copy_(moved)
+    if "master" in state:
+        factor.rows.copy_(stored)
+
+
+def _rounded(value: float | Tensor, dtype: torch.dtype) -> float:
+    """Round a scalar to the compute dtype, so that tensor and float learning rates agree."""
+    return torch.as_tensor(value, dtype=dtype).item()
+
+
+def _to_host(tensors: Sequence[Tensor]) -> list[float]:
+    """Read 0-d tensors with one transfer per device, in the order given."""
+    values = [math.nan] * len(tensors)
+    by_device: dict[torch.device, list[int]] = {}
+    for k, tensor in enumerate(tensors):
+        by_device.setdefault(tensor.device, []).append(k)
+    for members in by_device.values():
+        stacked = torch.stack([tensors[k].double() for k in members]).tolist()
+        for k, value in zip(members, stacked, strict=True):
+            values[k] = value
+    return values
+
+
+@contextlib.contextmanager
+def exact_arithmetic(device_types: Iterable[str]) -> Iterator[None]:
+    """Shield the step from the caller's autocast and reduced-precision matmul settings."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [b.fp32_precision for b in backends]
+    with contextlib.ExitStack() as stack:
+        for kind in device_types:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        try:
+            for b in backends:
+                b.fp32_precision = "ieee"
+            yield
+        finally:
+            for b, value in zip(backends, before, strict=True):
+                b.fp32_precision = value

@@ -1,0 +1,430 @@
+"""LoFTAdamW: the optimizer that users see."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from loft_kernels import backends, checkpoint, functional
+from loft_kernels.adapters import (
+    LoRAPair,
+    NamedScaling,
+    OnUnsupported,
+    Scaling,
+    loft_param_groups,
+    pairs_from_names,
+)
+from loft_kernels.clipping import check_max_norm, decide
+from loft_kernels.plain_adamw import adamw_step_, check_plain
+from loft_kernels.plan import Factor, Pair, SecondMoment, StepOptions
+from loft_kernels.state import FORMAT, check_pair, check_state, ready_state
+
+Place = tuple[int, int]
+
+
+@dataclass(slots=True)
+class PairSlot:
+    """Where a pair's factors stand: (group, position), which survives copies and swaps."""
+
+    name: str
+    b: Place
+    a: Place
+    scaling: Scaling
+
+
+class LoFTAdamW(Optimizer):
+    r"""AdamW on the virtual full weights of LoRA adapters (LoFT, arXiv 2505.21289).
+
+    For each pair ``W = W0 + s B A`` the step is the projection of AdamW's step on W onto what the
+    moving factor can express: gradients scaled by (Y^T Y)^-1, both moments transported between
+    subspaces, the update taken entry by entry in the virtual m x n weight. B and A move in turns
+    (B first). Tensors that are not LoRA pairs take ``torch.optim.AdamW``'s own step.
+
+    Args:
+        params: a module (its LoRA pairs are found and its other trainable parameters included),
+            the groups of :func:`loft_param_groups`, named parameters with a group key
+            ``scaling``, or any parameters: without names they carry no pairing and take plain
+            AdamW, with a warning.
+        lr: learning rate of the virtual weight; a float or a 0-d tensor.
+        betas: decay rates of the two moments.
+        eps: added to the square root of the second moment, in units of the gradient of W.
+        weight_decay: decoupled, multiplied by lr as in ``torch.optim.AdamW``.
+        max_grad_norm: clip inside ``step`` by the global norm of the projected gradients.
+        alternate: move B and A in turns; False moves both from one snapshot.
+        calibrate: transport the moments between subspaces (False: ablation).
+        second_moment: "full", r(r+1)/2 numbers per row, or "diagonal" ("LoFT simple").
+        damping: ridge relative to the mean of the partner's squared singular values.
+        maximize: maximise the objective.
+        backend: see :func:`report`.
+        precision: "default", or "ieee" for no reduced-precision product anywhere.
+        on_unsupported: LoRA factors that LoFT cannot serve: "error", or "adamw".
+
+    Raises:
+        ValueError: invalid hyper-parameters, no trainable pair in a module, unpaired factors.
+        NotImplementedError: sharded, quantized or mixture-of-experts factors.
+    """
+
+    def __init__(  # noqa: D107 - the arguments stand in the class's docstring
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        max_grad_norm: float | None = None,
+        alternate: bool = True,
+        calibrate: bool = True,
+        second_moment: SecondMoment = "full",
+        damping: float = 0.0,
+        maximize: bool = False,
+        backend: str = "auto",
+        precision: str = "default",
+        on_unsupported: OnUnsupported = "error",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "damping": damping,
+            "alternate": alternate,
+            "calibrate": calibrate,
+            "second_moment": second_moment,
+            "format": FORMAT,
+        }
+        check_max_norm(max_grad_norm)
+        for name, value, known in (
+            ("precision", precision, ("default", "ieee")),
+            ("on_unsupported", on_unsupported, ("error", "adamw")),
+        ):
+            if value not in known:
+                raise ValueError(f"Invalid {name}: {value!r}: known are {', '.join(known)}")
+        self.backend = backends.resolve(backend)
+        self.precision = precision
+        self.max_grad_norm = max_grad_norm
+        self.nonfinite_steps = torch.zeros((), dtype=torch.int64)
+        self._slots: list[PairSlot] = []
+        self._sizes: list[int] = []
+        self._warned_one_sided = False
+        # Pairs and named tensors of new groups wait here until all groups are there: the factors
+        # of a pair may stand in two groups with different learning rates.
+        self._found: list[LoRAPair] = []
+        self._named: list[tuple[str, Tensor, NamedScaling]] = []
+        self._building = True
+        if isinstance(params, nn.Module):
+            params = loft_param_groups(params, on_unsupported=on_unsupported)
+        super().__init__(params, defaults)
+        self._building = False
+        self._pair_up()
+        if not self._slots:
+            warnings.warn(
+                "LoFTAdamW was given parameters without LoRA pairs, so it is plain AdamW. A list "
+                "of tensors carries no pairing: pass the model itself, or loft_param_groups(model)",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as in torch; LoRA pairs are taken from ``lora_pairs`` or from names.
+
+        Args:
+            param_group: a dict with ``params`` and group options; with LoRA names but without
+                ``lora_pairs`` it needs ``scaling``, a number or a dict from layer name to number.
+
+        Raises:
+            ValueError: invalid options, a factor without partner, names without scaling.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        param_group = dict(param_group)
+        found: list[LoRAPair] | None = param_group.pop("lora_pairs", None)
+        scaling: NamedScaling = param_group.pop("scaling", None)
+        _check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        self._sizes.append(len(group["params"]))
+        if found is not None:
+            self._found += found
+        elif "param_names" in group:
+            named = zip(group["param_names"], group["params"], strict=True)
+            self._named += [(name, p, scaling) for name, p in named]
+        if not self._building:
+            self._pair_up()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; ``p.grad`` is never changed.
+
+        A non-finite gradient anywhere (or a scaler's ``found_inf``) skips the whole step: no
+        parameter, state or count changes and ``nonfinite_steps`` grows by one.
+
+        Args:
+            closure: re-evaluates the model under enabled gradients and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError, TypeError, ValueError, NotImplementedError: a parameter or gradient that
+                the step cannot serve, by name; nothing has been written then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        pairs, plain = self._gather(allocate=True)
+        members = [p for group in plain.values() for p in group]
+        if not pairs and not members:
+            return loss
+        kinds = {p.device.type for p in members} | {p.b.param.device.type for p in pairs}
+        with functional.exact_arithmetic(kinds):
+            decision = decide(
+                pairs,
+                [p.grad for p in members if p.grad is not None],
+                max_norm=self.max_grad_norm,
+                grad_scale=getattr(self, "grad_scale", None),
+                found_inf=getattr(self, "found_inf", None),
+            )
+            if not decision.finite:
+                self.nonfinite_steps += 1
+                return loss
+            for prepared in decision.prepared:
+                functional.apply_(prepared, decision.coefficient)
+            for index, group in plain.items():
+                states = [self.state[p] for p in group]
+                adamw_step_(group, states, self.param_groups[index], decision.coefficient)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of any backend; it is validated whole before anything changes.
+
+        Moments keep their fp32 bits under half-precision parameters, a differently ordered
+        checkpoint is matched by ``param_names``, and nothing is shared with ``state_dict``.
+
+        Args:
+            state_dict: from :meth:`state_dict`; not changed.
+
+        Raises:
+            ValueError: another format, count, shape or set of keys or names.
+        """
+        # Registered last, so that it sees what the users' own pre-hooks made of the dict.
+        handle = self.register_load_state_dict_pre_hook(checkpoint.prepare_load)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep the pairing and the options with copies and pickles, which torch would drop."""
+        kept = {k: v for k, v in self.__dict__.items() if k in _KEPT_ATTRIBUTES}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Fill in options that an older checkpoint or pickle lacks."""
+        super().__setstate__({**state, "state": checkpoint.unbox(state["state"])})
+        for group in self.param_groups:
+            for key, value in _OLDER_DEFAULTS.items():
+                group.setdefault(key, value)
+
+    def _pair_up(self) -> None:
+        """Resolve newly found pairs to (group, position) places, and check them."""
+        places = {
+            id(p): (g, i)
+            for g, group in enumerate(self.param_groups)
+            for i, p in enumerate(group["params"])
+        }
+        pairs = self._found + pairs_from_names(self._named)
+        self._found, self._named = [], []
+        taken = {place for slot in self._slots for place in (slot.b, slot.a)}
+        for pair in pairs:
+            for name, tensor in ((pair.name_B, pair.lora_B), (pair.name_A, pair.lora_A)):
+                if id(tensor) not in places:
+                    raise ValueError(f"{name} of pair {pair.name} is in no parameter group")
+                if places[id(tensor)] in taken:
+                    raise ValueError(
+                        f"{name} is part of two LoRA pairs (tied adapters): untie them, or train "
+                        "it with on_unsupported='adamw'"
+                    )
+                taken.add(places[id(tensor)])
+            b, a = places[id(pair.lora_B)], places[id(pair.lora_A)]
+            self._slots.append(PairSlot(pair.name, b, a, pair.scaling))
+            self._shared_options(self._slots[-1])
+
+    def _shared_options(self, slot: PairSlot) -> StepOptions:
+        """Read the options of a pair, which both factors' groups must agree on."""
+        b, a = (_step_options(self.param_groups[g]) for g, _ in (slot.b, slot.a))
+        if b != a:
+            raise ValueError(
+                f"the factors of {slot.name} are in groups with different options ({b} and {a}): "
+                "only lr may differ between lora_A and lora_B"
+            )
+        return b
+
+    def _gather(self, *, allocate: bool) -> tuple[list[Pair], dict[int, list[Tensor]]]:
+        """Collect this step's pairs and plain parameters; raises before anything is written.
+
+        Args:
+            allocate: create missing state, after every check has passed.
+
+        Returns:
+            Pairs with a gradient, and per group index the plain parameters with a gradient.
+        """
+        self._check_structure()
+        pairs = []
+        for slot in self._slots:
+            pair = self._pair(slot)
+            check_pair(pair)
+            for factor, partner in pair.sides:
+                check_state(factor, partner, pair.options)
+            if pair.b.param.numel() == 0 or pair.a.param.numel() == 0:
+                continue
+            if pair.b.grad is not None or pair.a.grad is not None:
+                pairs.append(pair)
+        plain = self._plain_parameters()
+        for pair in pairs if allocate else ():
+            self._warn_one_sided(pair)
+            for factor, partner in pair.sides:
+                if factor.grad is not None:
+                    factor.state = self.state[factor.param]
+                    ready_state(factor, partner, pair.options)
+        return pairs, plain
+
+    def _pair(self, slot: PairSlot) -> Pair:
+        """Look up one pair's tensors, options and scaling as they are now."""
+        b, a = self._factor(slot, slot.b), self._factor(slot, slot.a)
+        return Pair(slot.name, b, a, slot.scaling.read(), self._shared_options(slot))
+
+    def _factor(self, slot: PairSlot, place: Place) -> Factor:
+        """Look up one factor of a pair as it is now."""
+        group, transposed = self.param_groups[place[0]], place == slot.a
+        param: Tensor = group["params"][place[1]]
+        names = group.get("param_names")
+        name = names[place[1]] if names else f"{slot.name}.lora_{'A' if transposed else 'B'}"
+        state = self.state.get(param, {})
+        return Factor(name, param, param.grad, transposed, group["lr"], state)
+
+    def _plain_parameters(self) -> dict[int, list[Tensor]]:
+        """Collect the parameters with a gradient that are not in a pair, by group index."""
+        paired = {place for slot in self._slots for place in (slot.b, slot.a)}
+        plain: dict[int, list[Tensor]] = {}
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                if (g, i) in paired or param.grad is None:
+                    continue
+                names = group.get("param_names")
+                check_plain(names[i] if names else f"parameter {i} of group {g}", param)
+                plain.setdefault(g, []).append(param)
+        return plain
+
+    def _check_structure(self) -> None:
+        """Notice wrappers that replaced the parameter lists, which would break the pairing."""
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if self._slots and sizes != self._sizes:
+            raise RuntimeError(
+                f"the parameter groups now hold {sizes} tensors instead of {self._sizes}: a "
+                "wrapper (DeepSpeed ZeRO, FSDP) flattened or replaced them and the LoRA pairing "
+                "is lost. LoFT needs whole factors: use DDP or ZeRO stage 0"
+            )
+
+    def _warn_one_sided(self, pair: Pair) -> None:
+        """Say once that only one of its factors is being trained."""
+        if self._warned_one_sided or (pair.b.grad is None) == (pair.a.grad is None):
+            return
+        idle = pair.b.name if pair.b.grad is None else pair.a.name
+        self._warned_one_sided = True
+        warnings.warn(
+            f"{idle} has no gradient, so the other factor of its pair moves at every step "
+            "(one-sided mode); further pairs like this are not reported",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+_OLDER_DEFAULTS = {
+    "maximize": False,
+    "damping": 0.0,
+    "alternate": True,
+    "calibrate": True,
+    "second_moment": "full",
+    "format": FORMAT,
+}
+
+_KEPT_ATTRIBUTES = frozenset(
+    {
+        "backend",
+        "precision",
+        "max_grad_norm",
+        "nonfinite_steps",
+        "_slots",
+        "_found",
+        "_sizes",
+        "_named",
+        "_warned_one_sided",
+        "_building",
+    }
+)
+
+
+def create_loft_optimizer(model: nn.Module, *, lr: float | Tensor, **options: Any) -> LoFTAdamW:
+    """Create a :class:`LoFTAdamW` for a model with LoRA adapters, in the style of PEFT.
+
+    Args:
+        model: the PEFT model, or any module with LoRA pairs.
+        lr: learning rate of the virtual weights.
+        **options: the other arguments of :class:`LoFTAdamW`.
+
+    Raises:
+        TypeError: ``model`` is not a module, or an option is unknown.
+        ValueError: the model has no trainable LoRA pair.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"create_loft_optimizer needs a module, got {type(model).__name__}")
+    return LoFTAdamW(model, lr, **options)
+
+
+def _step_options(group: Mapping[str, Any]) -> StepOptions:
+    """Read the options of one group."""
+    beta1, beta2 = group["betas"]
+    return StepOptions(
+        float(beta1),
+        float(beta2),
+        group["eps"],
+        group["weight_decay"],
+        group["maximize"],
+        group["damping"],
+        group["alternate"],
+        group["calibrate"],
+        group["second_moment"],
+    )
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse invalid hyper-parameters, in torch's words."""
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+    elif not lr >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    for name, label in (
+        ("eps", "epsilon"),
+        ("weight_decay", "weight_decay"),
+        ("damping", "damping"),
+    ):
+        if not options[name] >= 0.0:
+            raise ValueError(f"Invalid {label} value: {options[name]}")
+    for index, beta in enumerate(options["betas"]):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+    if options["second_moment"] not in ("full", "diagonal"):
+        raise ValueError(
+            f"Invalid second_moment: {options['second_moment']!r}: known are 'full', 'diagonal'"
+        )

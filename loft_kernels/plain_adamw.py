@@ -1,0 +1,69 @@
+"""Everything that is not a LoRA pair: torch's own AdamW function on torch's own state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+
+def check_plain(name: str, param: Tensor) -> None:
+    """Refuse a parameter that the step cannot serve, before anything is written.
+
+    Raises:
+        TypeError: complex or integer parameters.
+        RuntimeError: meta tensors, sparse gradients.
+    """
+    if not param.is_floating_point():
+        kind = "complex" if param.is_complex() else str(param.dtype)
+        raise TypeError(f"{name} is {kind}: LoFTAdamW needs real floating-point parameters")
+    if param.is_meta:
+        raise RuntimeError(f"{name} is on the meta device: call to_empty() before the first step")
+    if param.grad is not None and param.grad.is_sparse:
+        raise RuntimeError(f"LoFTAdamW does not support sparse gradients ({name})")
+
+
+def adamw_step_(
+    params: Sequence[Tensor],
+    states: Sequence[dict[str, Any]],
+    group: dict[str, Any],
+    coefficient: float,
+) -> None:
+    """Take one ``torch.optim.AdamW`` step; gradients are not changed.
+
+    Args:
+        params: parameters with gradients; changed in place.
+        states: their optimizer state (``step``, ``exp_avg``, ``exp_avg_sq`` as torch keeps them);
+            allocated at the first step, changed in place.
+        group: lr, betas, eps, weight_decay and maximize.
+        coefficient: multiplies all gradients.
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    if coefficient != 1.0:
+        grads = list(torch._foreach_mul(grads, coefficient))
+    for param, state in zip(params, states, strict=True):
+        if not state:
+            wide = torch.get_default_dtype() == torch.float64
+            # On the CPU, as torch keeps it: a launch per parameter would cost more than the step.
+            state["step"] = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
+            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    beta1, beta2 = group["betas"]
+    adamw(
+        list(params),
+        grads,
+        [s["exp_avg"] for s in states],
+        [s["exp_avg_sq"] for s in states],
+        [],
+        [s["step"] for s in states],
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )

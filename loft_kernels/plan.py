@@ -1,0 +1,93 @@
+"""What one step works on: the pairs with their tensors, resolved before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+SecondMoment = Literal["full", "diagonal"]
+
+# What a parameter group can set for itself, as LoFTAdamW's arguments of the same names.
+GROUP_OPTIONS = frozenset(
+    {
+        "lr",
+        "betas",
+        "eps",
+        "weight_decay",
+        "maximize",
+        "damping",
+        "alternate",
+        "calibrate",
+        "second_moment",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOptions:
+    """Hyper-parameters that both factors of a pair share at this step."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+    damping: float
+    alternate: bool
+    calibrate: bool
+    second_moment: SecondMoment
+
+
+@dataclass(slots=True)
+class Factor:
+    """One side of a LoRA pair at this step.
+
+    Attributes:
+        name: the parameter's name, for messages.
+        param: the parameter as stored: ``lora_B`` is ``[m, r]``, ``lora_A`` is ``[r, n]``.
+        grad: its gradient, or None: then this side neither moves nor accumulates.
+        transposed: True for ``lora_A``, whose rows are the columns of the stored tensor.
+        lr: learning rate of the factor's group.
+        state: the optimizer's state of the parameter (see ``state.py``).
+    """
+
+    name: str
+    param: Tensor
+    grad: Tensor | None
+    transposed: bool
+    lr: float | Tensor
+    state: dict[str, Any]
+
+    @property
+    def rows(self) -> Tensor:
+        """The factor as ``rows x r``, a view of the parameter."""
+        return self.param.T if self.transposed else self.param
+
+    @property
+    def grad_rows(self) -> Tensor:
+        """The gradient as ``rows x r``, a view.
+
+        Raises:
+            RuntimeError: there is no gradient at this step.
+        """
+        if self.grad is None:
+            raise RuntimeError(f"{self.name} has no gradient at this step")
+        return self.grad.T if self.transposed else self.grad
+
+
+@dataclass(slots=True)
+class Pair:
+    """A LoRA pair at this step: ``W = W0 + scaling * B @ A``."""
+
+    name: str
+    b: Factor
+    a: Factor
+    scaling: float
+    options: StepOptions
+
+    @property
+    def sides(self) -> tuple[tuple[Factor, Factor], tuple[Factor, Factor]]:
+        """Both (factor, partner) combinations, B first."""
+        return (self.b, self.a), (self.a, self.b)
