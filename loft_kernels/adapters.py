@@ -140,9 +140,9 @@ def find_adapters(module: nn.Module, on_unsupported: OnUnsupported = "error") ->
     if not pairs:
         raise ValueError(_no_pairs_message(module, unpaired))
     if unpaired:
-        reasons = "; ".join(f"{n}: {why}" for n, why in list(unpaired.items())[:4])
         warnings.warn(
-            f"{len(unpaired)} LoRA factors train with plain AdamW instead of LoFT ({reasons})",
+            f"{len(unpaired)} LoRA factors train with plain AdamW instead of LoFT: "
+            + _by_reason(unpaired),
             UserWarning,
             stacklevel=3,
         )
@@ -288,7 +288,7 @@ def _accept(
     except (ValueError, NotImplementedError) as error:
         if on_unsupported != "adamw":
             raise
-        unpaired.update(dict.fromkeys(trainable, str(error).split(":")[0]))
+        unpaired.update(dict.fromkeys(trainable, str(error)))
         return None
 
 
@@ -409,6 +409,18 @@ def _partner_message(name: str, shape: tuple[int, ...]) -> str:
     )
 
 
+def _by_reason(unpaired: Mapping[str, str], most: int = 4) -> str:
+    """List the factors that LoFT does not serve, under the reasons why."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in unpaired.items():
+        reasons.setdefault(reason, []).append(name)
+    listed = []
+    for reason, names in reasons.items():
+        more = ", ..." if len(names) > most else ""
+        listed.append(f"{', '.join(names[:most])}{more} ({reason})")
+    return "; ".join(listed)
+
+
 def _no_pairs_message(module: nn.Module, unpaired: Mapping[str, str]) -> str:
     """Describe a module without a trainable pair."""
     frozen = sum(1 for n, _ in module.named_parameters() if _FACTOR_NAME.search(n))
@@ -419,7 +431,7 @@ def _no_pairs_message(module: nn.Module, unpaired: Mapping[str, str]) -> str:
             "adapter with is_trainable=True, or activate it with set_adapter()."
         )
     if unpaired:
-        hint += f" Not served by LoFT: {dict(list(unpaired.items())[:4])}."
+        hint += f" Not served by LoFT: {_by_reason(unpaired)}."
     return (
         f"no trainable LoRA pair in {type(module).__name__}: looked for submodules with lora_A and "
         f"lora_B (parameters, Linear layers, or dicts of them per adapter).{hint} For a model "
