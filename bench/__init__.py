@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench run` measures and writes JSON lines, nothing else."""
