@@ -29,15 +29,13 @@ class HostNumbers:
     Attributes:
         step: steps taken so far.
         guard: bound on m~^2 / v so far.
-        norm_sq: ``||G P||_F^2`` of this gradient.
-        peak_sq: largest squared row norm of it; not finite if the gradient is not.
+        norm_sq: ``||G P||_F^2`` of this gradient; not finite if the gradient is not.
         unchanged: the partner's basis is bitwise that of the last visit.
     """
 
     step: int = 0
     guard: float = 0.0
     norm_sq: float = 0.0
-    peak_sq: float = 0.0
     unchanged: bool = False
 
 
@@ -104,8 +102,8 @@ def prepare(
     values = iter(_to_host([*numbers, *extra]))
     for entry in prepared:
         for side in entry.sides:
-            step, guard, norm_sq, peak_sq, unchanged = (next(values) for _ in range(5))
-            side.host = HostNumbers(int(step), guard, norm_sq, peak_sq, bool(unchanged))
+            step, guard, norm_sq, unchanged = (next(values) for _ in range(4))
+            side.host = HostNumbers(int(step), guard, norm_sq, bool(unchanged))
     return prepared, list(values)
 
 
@@ -135,11 +133,10 @@ def _side(pair: Pair, factor: Factor, basis: ref.Basis) -> Side:
 def _numbers(side: Side, pair: Pair) -> list[Tensor]:
     """List the 0-d tensors behind :class:`HostNumbers`."""
     state, zero = side.factor.state, side.g.new_zeros(())
-    row_sq = side.g.square().sum(dim=1)
     last = state.get(_memory_key(pair))
     unchanged = zero if last is None else (last == side.remembered).all()
     step, guard = state.get("step", zero), state.get("guard", zero)
-    return [step, guard, row_sq.sum(), row_sq.max(), unchanged]
+    return [step, guard, side.g.square().sum(), unchanged]
 
 
 def _memory_key(pair: Pair) -> str:

@@ -36,8 +36,9 @@ class Basis(NamedTuple):
 
     Attributes:
         q: ``partner_rows x r``; columns of dropped directions are zero.
-        chol: L, ``r x r`` lower triangular; a zero on the diagonal marks a dropped direction.
-        chol_inv: L^-1 on the kept directions, zero elsewhere.
+        chol: L, ``r x r``, triangular in the order of pivots; a zero on the diagonal marks a
+            dropped direction.
+        chol_inv: L^+, the pseudo-inverse; L^-1 where no direction was dropped.
     """
 
     q: Tensor
@@ -81,36 +82,39 @@ def gram(partner: Tensor, damping: float = 0.0) -> Tensor:
 
 
 def cholesky_dropping(grams: Tensor) -> tuple[Tensor, Tensor]:
-    """Factor Gram matrices as L L^T, dropping dependent columns (pseudo-inverse behaviour).
+    """Factor Gram matrices as L L^T by Cholesky with diagonal pivoting, dropping dependent columns.
+
+    Columns are weighed by their own length, so that scaling a column changes nothing. The k-th
+    pivot, column j of Y, becomes column j of L: L is triangular up to the order of pivots, and
+    the basis keeps the columns' places. Pivoting matters: without it a small true pivot before a
+    dependent column lets rounding errors pass for a direction.
 
     Args:
         grams: ``batch x r x r`` fp64, symmetric positive semi-definite.
 
     Returns:
-        ``(L, L^-1)``, each ``batch x r x r``. A dropped column has a zero column in L and a zero
-        row and column in L^-1, so that ``Q = Y L^-T`` spans exactly the kept columns.
+        ``(L, M)``, each ``batch x r x r``; M inverts L on the kept columns. A dropped column has
+        a zero column in L and a zero row in M.
     """
-    rank = grams.shape[-1]
-    chol = torch.zeros_like(grams)
-    for j in range(rank):
-        left, row = chol[:, j:, :j], chol[:, j, :j]
-        column = grams[:, j:, j] - (left @ row[:, :, None]).squeeze(-1)
-        pivot = column[:, 0]
-        keep = pivot > PIVOT_TOLERANCE * grams[:, j, j]
-        root = torch.where(keep, pivot, 1.0).sqrt()
-        chol[:, j:, j] = torch.where(keep[:, None], column / root[:, None], 0.0)
-    return chol, triangular_pseudo_inverse(chol)
-
-
-def triangular_pseudo_inverse(chol: Tensor) -> Tensor:
-    """Invert lower-triangular ``batch x r x r`` matrices on the directions they keep."""
-    kept = chol.diagonal(dim1=-2, dim2=-1) != 0
-    both = kept[:, :, None] & kept[:, None, :]
-    identity = torch.eye(chol.shape[-1], dtype=chol.dtype, device=chol.device)
-    # Dropped rows and columns become those of the identity: the kept block inverts on its own.
-    solvable = torch.where(both, chol, identity)
-    inverse = torch.linalg.solve_triangular(solvable, identity.expand_as(chol), upper=False)
-    return torch.where(both, inverse, 0.0)
+    batch, rank = torch.arange(len(grams), device=grams.device), grams.shape[-1]
+    chol, inverse = torch.zeros_like(grams), torch.zeros_like(grams)
+    length_sq = grams.diagonal(dim1=-2, dim2=-1)
+    left = (length_sq > 0).to(grams.dtype)  # share of each column's length not yet in the span
+    identity = torch.eye(rank, dtype=grams.dtype, device=grams.device)
+    for _ in range(rank):
+        share, j = left.max(dim=1)
+        keep = share > PIVOT_TOLERANCE
+        row = chol[batch, j]
+        column = grams[batch, j] - (chol @ row[:, :, None]).squeeze(-1)
+        # Rows of columns that are already pivots are zero in exact arithmetic.
+        column = torch.where(left >= 0, column, 0.0)
+        root = torch.where(keep, column[batch, j], 1.0).clamp(min=0).sqrt()
+        solved = identity[j] - (row[:, None, :] @ inverse).squeeze(1)
+        chol[batch, :, j] = torch.where(keep[:, None], column / root[:, None], 0.0)
+        inverse[batch, j] = torch.where(keep[:, None], solved / root[:, None], 0.0)
+        left = left - torch.where(length_sq > 0, chol[batch, :, j].square() / length_sq, 0.0)
+        left[batch, j] = -1.0
+    return chol, inverse
 
 
 def orthonormal_bases(partners: list[Tensor], damping: list[float]) -> list[Basis]:
@@ -121,19 +125,51 @@ def orthonormal_bases(partners: list[Tensor], damping: list[float]) -> list[Basi
         damping: relative ridge of each.
 
     Returns:
-        One :class:`Basis` per partner. Y = 0 gives Q = 0 and L^-1 = 0.
+        One :class:`Basis` per partner. Y = 0 gives Q = 0 and L^+ = 0.
     """
-    grams = [gram(y, d) for y, d in zip(partners, damping, strict=True)]
     batches: dict[tuple[int, torch.device], list[int]] = {}
-    for k, g in enumerate(grams):
-        batches.setdefault((g.shape[0], g.device), []).append(k)
+    for k, y in enumerate(partners):
+        batches.setdefault((y.shape[1], y.device), []).append(k)
     bases: dict[int, Basis] = {}
     for members in batches.values():
-        chol, chol_inv = cholesky_dropping(torch.stack([grams[k] for k in members]))
-        for slot, k in enumerate(members):
-            q = partners[k].double() @ chol_inv[slot].T
-            bases[k] = Basis(q, chol[slot], chol_inv[slot])
+        grams = torch.stack([gram(partners[k], damping[k]) for k in members])
+        chol, inverse = cholesky_dropping(grams)
+        first = [partners[k].double() @ m.T for k, m in zip(members, inverse, strict=True)]
+        if not any(damping[k] for k in members):
+            first, chol, inverse = _second_pass(first, chol, inverse)
+        pseudo = _pseudo_inverse(chol, inverse)
+        bases.update(
+            (k, Basis(*parts))
+            for k, parts in zip(members, zip(first, chol, pseudo, strict=True), strict=True)
+        )
     return [bases[k] for k in range(len(partners))]
+
+
+def _second_pass(
+    q: list[Tensor], chol: Tensor, inverse: Tensor
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Orthonormalise again: the Gram matrix of Y squares its condition, that of Q is close to I."""
+    grams = torch.stack([gram(x) for x in q])
+    dropped = (grams.diagonal(dim1=-2, dim2=-1) == 0).double()
+    # cholesky_ex does not look at the outcome, which would synchronise with the device.
+    again, _ = torch.linalg.cholesky_ex(grams + torch.diag_embed(dropped))
+    q = [
+        torch.linalg.solve_triangular(a, x.T, upper=False).T for x, a in zip(q, again, strict=True)
+    ]
+    return q, chol @ again, torch.linalg.solve_triangular(again, inverse, upper=False)
+
+
+def _pseudo_inverse(chol: Tensor, inverse: Tensor) -> Tensor:
+    """Compute L^+ from L and its inverse M on the kept columns.
+
+    With the rows of dropped columns written as ``Z = L_dropped M``,
+    ``L^+ = M (I + Z^T Z)^-1 (I + Z^T)``; where nothing was dropped Z = 0 and this is M.
+    """
+    identity = torch.eye(chol.shape[-1], dtype=chol.dtype, device=chol.device)
+    kept = (chol.diagonal(dim1=-2, dim2=-1) != 0)[:, :, None]
+    z = torch.where(kept, 0.0, chol) @ inverse
+    inner, _ = torch.linalg.cholesky_ex(identity + z.mT @ z)
+    return inverse @ torch.cholesky_solve(torch.where(kept, identity, 0.0) + z.mT, inner)
 
 
 def scaled_gradient(grad: Tensor, basis: Basis, scaling: float) -> Tensor:
@@ -159,8 +195,8 @@ def transition(basis_prev: Tensor, q: Tensor) -> Tensor:
 
 
 def transition_uncalibrated(chol_prev: Tensor, chol: Tensor) -> Tensor:
-    """Keep the coordinates in the factor's own basis (ablation): ``C = L_prev^-1 L``."""
-    return triangular_pseudo_inverse(chol_prev.double()[None])[0] @ chol.double()
+    """Keep the coordinates in the factor's own basis (ablation): ``C = L_prev^+ L``."""
+    return torch.linalg.pinv(chol_prev.double(), rtol=1e-12) @ chol.double()
 
 
 def update_first_moment_(exp_avg: Tensor, g: Tensor, change: Tensor | None, beta1: float) -> None:
