@@ -107,13 +107,16 @@ class LoFTAdamW(Optimizer):
         ):
             if value not in known:
                 raise ValueError(f"Invalid {name}: {value!r}: known are {', '.join(known)}")
-        self.backend = backends.resolve(backend)
+        backends.check_name(backend)
+        self.backend = backend
         self.precision = precision
         self.max_grad_norm = max_grad_norm
         self.nonfinite_steps = torch.zeros((), dtype=torch.int64)
         self._slots: list[PairSlot] = []
         self._sizes: list[int] = []
         self._warned_one_sided = False
+        self._warned_fallback = False
+        self._plan: Any = None
         # Pairs and named tensors of new groups wait here until all groups are there: the factors
         # of a pair may stand in two groups with different learning rates.
         self._found: list[LoRAPair] = []
@@ -184,6 +187,20 @@ class LoFTAdamW(Optimizer):
         members = [p for group in plain.values() for p in group]
         if not pairs and not members:
             return loss
+        backend, reason = backends.choose(self.backend, pairs)
+        if reason and not self._warned_fallback:
+            self._warned_fallback = True
+            warnings.warn(
+                f"the LoFT step runs on the reference path ({reason})", UserWarning, stacklevel=2
+            )
+        take = self._step_triton if backend == "triton" else self._step_reference
+        take(pairs, plain, members)
+        return loss
+
+    def _step_reference(
+        self, pairs: list[Pair], plain: dict[int, list[Tensor]], members: list[Tensor]
+    ) -> None:
+        """Take one step in plain PyTorch; decisions are taken on the host."""
         kinds = {p.device.type for p in members} | {p.b.param.device.type for p in pairs}
         with functional.exact_arithmetic(kinds):
             decision = decide(
@@ -195,13 +212,45 @@ class LoFTAdamW(Optimizer):
             )
             if not decision.finite:
                 self.nonfinite_steps += 1
-                return loss
+                return
             for prepared in decision.prepared:
                 functional.apply_(prepared, decision.coefficient)
             for index, group in plain.items():
                 states = [self.state[p] for p in group]
                 adamw_step_(group, states, self.param_groups[index], decision.coefficient)
-        return loss
+
+    def _step_triton(
+        self, pairs: list[Pair], plain: dict[int, list[Tensor]], members: list[Tensor]
+    ) -> None:
+        """Take one step with fused kernels; decisions are taken on the device."""
+        from loft_kernels.backends.triton.step import LaunchPlan
+
+        device = pairs[0].b.param.device
+        if self._plan is None or self._plan.device != device:
+            self._plan = LaunchPlan(device)
+        if self.nonfinite_steps.device != device:
+            self.nonfinite_steps = self.nonfinite_steps.to(device)
+        outside = self._plan.outside(
+            [p.grad for p in members if p.grad is not None],
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+        )
+        decision = self._plan.step(
+            pairs,
+            outside,
+            self.nonfinite_steps,
+            max_norm=self.max_grad_norm,
+            exact=self.precision == "ieee",
+        )
+        scaled = self.max_grad_norm is not None or getattr(self, "grad_scale", None) is not None
+        for index, group in plain.items():
+            adamw_step_(
+                group,
+                [self.state[p] for p in group],
+                self.param_groups[index],
+                decision.coefficient if scaled else 1.0,
+                found_inf=decision.skip,
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of any backend; it is validated whole before anything changes.
@@ -229,6 +278,7 @@ class LoFTAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in options that an older checkpoint or pickle lacks."""
+        self.__dict__.setdefault("_plan", None)
         super().__setstate__({**state, "state": checkpoint.unbox(state["state"])})
         for group in self.param_groups:
             for key, value in _OLDER_DEFAULTS.items():
@@ -368,6 +418,7 @@ _KEPT_ATTRIBUTES = frozenset(
         "_sizes",
         "_named",
         "_warned_one_sided",
+        "_warned_fallback",
         "_building",
     }
 )

@@ -30,7 +30,8 @@ def adamw_step_(
     params: Sequence[Tensor],
     states: Sequence[dict[str, Any]],
     group: dict[str, Any],
-    coefficient: float,
+    coefficient: float | Tensor,
+    found_inf: Tensor | None = None,
 ) -> None:
     """Take one ``torch.optim.AdamW`` step; gradients are not changed.
 
@@ -40,10 +41,13 @@ def adamw_step_(
             allocated at the first step, changed in place.
         group: lr, betas, eps, weight_decay and maximize.
         coefficient: multiplies all gradients.
+        found_inf: given by the fused backends: not 0 skips the step, on the device. torch's fused
+            kernel serves then, with its counts on the parameters' device.
     """
     grads = [p.grad for p in params if p.grad is not None]
-    if coefficient != 1.0:
+    if isinstance(coefficient, Tensor) or coefficient != 1.0:
         grads = list(torch._foreach_mul(grads, coefficient))
+    fused = found_inf is not None
     for param, state in zip(params, states, strict=True):
         if not state:
             wide = torch.get_default_dtype() == torch.float64
@@ -51,6 +55,8 @@ def adamw_step_(
             state["step"] = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        if fused and state["step"].device != param.device:
+            state["step"] = state["step"].to(device=param.device, dtype=torch.float32)
     beta1, beta2 = group["betas"]
     adamw(
         list(params),
@@ -59,6 +65,8 @@ def adamw_step_(
         [s["exp_avg_sq"] for s in states],
         [],
         [s["step"] for s in states],
+        fused=fused or None,
+        found_inf=found_inf,
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,

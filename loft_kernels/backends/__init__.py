@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
-# Every name that the interface knows; what is not available yet says so.
-NAMES = ("auto", "reference")
+import torch
+
+from loft_kernels.plan import Pair
+
+NAMES = ("auto", "reference", "triton")
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,11 +19,13 @@ class BackendReport:
 
     Attributes:
         available: backend name to a sentence about it.
-        chosen: what ``backend="auto"`` takes.
+        unavailable: backend name to the reason why it cannot run here.
+        chosen: what ``backend="auto"`` takes for LoRA pairs on the GPU if there is one.
         reason: why.
     """
 
     available: dict[str, str]
+    unavailable: dict[str, str]
     chosen: str
     reason: str
 
@@ -26,21 +33,68 @@ class BackendReport:
         """Lay the report out in lines."""
         lines = [f"loft_kernels: backend 'auto' is {self.chosen!r} ({self.reason})"]
         lines += [f"  {name}: {about}" for name, about in self.available.items()]
+        lines += [f"  {name}: not here, {why}" for name, why in self.unavailable.items()]
         return "\n".join(lines)
+
+
+def triton_missing() -> str | None:
+    """Say why the Triton backend cannot run here, or None if it can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    if torch.version.hip is not None:
+        return "ROCm is not supported"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    if find_spec("triton") is None:
+        return "the triton package is not installed"
+    return None
 
 
 def report() -> BackendReport:
     """Tell which backends exist here, which one ``backend="auto"`` takes, and why."""
-    about = "plain PyTorch on CPU and CUDA, any float dtype; the truth, not the fast path"
-    return BackendReport({"reference": about}, "reference", "the only backend of this version")
+    available = {"reference": "plain PyTorch on CPU and CUDA, any float dtype; exact, not fast"}
+    missing = triton_missing()
+    if missing is not None:
+        return BackendReport(available, {"triton": missing}, "reference", missing)
+    available["triton"] = "fused kernels for fp32, bf16 and fp16 factors on CUDA"
+    return BackendReport(available, {}, "triton", "a CUDA GPU and Triton are here")
 
 
-def resolve(backend: str) -> str:
-    """Return the backend that a ``backend=`` argument means.
+def check_name(backend: str) -> None:
+    """Refuse a backend that does not exist, or that was asked for and cannot run here.
 
     Raises:
         ValueError: unknown name.
+        RuntimeError: ``backend="triton"`` without what it needs.
     """
     if backend not in NAMES:
         raise ValueError(f"Invalid backend: {backend!r}: known are {', '.join(NAMES)}")
-    return report().chosen if backend == "auto" else backend
+    missing = triton_missing() if backend == "triton" else None
+    if missing is not None:
+        raise RuntimeError(f"backend='triton' cannot run here: {missing}; use backend='auto'")
+
+
+def choose(backend: str, pairs: Sequence[Pair]) -> tuple[str, str]:
+    """Choose the backend of a step.
+
+    Args:
+        backend: what the user asked for.
+        pairs: the pairs of this step.
+
+    Returns:
+        The backend's name and, where ``auto`` or ``triton`` had to fall back on CUDA, the reason.
+    """
+    if backend == "reference" or not pairs or pairs[0].b.param.device.type != "cuda":
+        return "reference", ""
+    missing = triton_missing()
+    if missing is not None:
+        return "reference", missing
+    from loft_kernels.backends.triton.step import unsupported
+
+    if len({p.b.param.device for p in pairs}) > 1:
+        return "reference", "the pairs are on several devices"
+    for pair in pairs:
+        reason = unsupported(pair)
+        if reason is not None:
+            return "reference", f"{pair.name}: {reason}"
+    return "triton", ""

@@ -1,0 +1,56 @@
+"""Tile sizes per rank: fixed tables, so that every rank of a job runs the same kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_RANK = 128
+
+# Rows that one program of the row-wise kernels (gram, basis) reduces or writes.
+CHUNK_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateTile:
+    """Tile of the hot loop: rows, partner rows, warps, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+# Measured on one NVIDIA H200 (sm_90); the fallback is small enough for 99 KiB of shared memory.
+_UPDATE_TILES = {
+    (9, 8): UpdateTile(128, 64, 4, 2),
+    (9, 16): UpdateTile(128, 64, 4, 2),
+    (9, 32): UpdateTile(128, 128, 8, 2),
+    (9, 64): UpdateTile(128, 128, 8, 2),
+}
+_FALLBACK = UpdateTile(64, 64, 4, 2)
+
+
+def padded_rank(rank: int) -> int:
+    """Return the power of two, at least 16, that a contraction over the rank is padded to."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def eighths(rank: int) -> int:
+    """Return how many 8-wide blocks a rank has."""
+    return -(-rank // 8)
+
+
+def resident(rank: int) -> bool:
+    """Tell whether a row's residual stays beside the tiles through the hot loop."""
+    return rank <= 16
+
+
+def update_tile(capability: int, rank: int) -> UpdateTile:
+    """Return the tile of the hot loop for a compute capability (its major number) and rank."""
+    width = max(8, 1 << (rank - 1).bit_length())
+    return _UPDATE_TILES.get((capability, width), _FALLBACK)
+
+
+def moment_rows(rank: int) -> int:
+    """Return the rows per program of `moments`: about 4096 entries of P in registers."""
+    return max(1, 4096 // padded_rank(rank) ** 2)

@@ -1,0 +1,125 @@
+"""What the kernels read to find their work: one row of addresses per factor, lists of tiles.
+
+A *side* is one factor of a pair: side 2k is B of pair k, side 2k + 1 its A, and ``side ^ 1`` the
+partner. Parameters, gradients and state are separate allocations, so each side's row holds their
+addresses, strides and sizes; every kernel serves all pairs of a bucket through this table.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from loft_kernels.plan import Factor, Pair
+
+# Columns of the address table. Constexpr, so that kernels can use them as literals.
+PARAM = tl.constexpr(0)
+PARAM_STRIDE_ROW = tl.constexpr(1)
+PARAM_STRIDE_COL = tl.constexpr(2)
+GRAD = tl.constexpr(3)  # 0 where there is no gradient at this step
+GRAD_STRIDE_ROW = tl.constexpr(4)
+GRAD_STRIDE_COL = tl.constexpr(5)
+EXP_AVG = tl.constexpr(6)
+SECOND_MOMENT = tl.constexpr(7)
+PARTNER_BASIS = tl.constexpr(8)
+MASTER = tl.constexpr(9)
+STEP = tl.constexpr(10)
+GUARD = tl.constexpr(11)
+ROWS = tl.constexpr(12)
+SCALING = tl.constexpr(13)  # bits of an fp64
+FIRST_CHUNK = tl.constexpr(14)
+CHUNKS = tl.constexpr(15)
+RESIDUAL_ROW = tl.constexpr(16)  # first row in the workspace of residuals
+COLUMNS = tl.constexpr(17)
+
+# Columns of the per-side numbers (fp64).
+NORM_SQ = tl.constexpr(0)
+MOVES = tl.constexpr(1)  # 1 if the side moves at this step
+BIAS1 = tl.constexpr(2)
+BIAS2 = tl.constexpr(3)
+BOUND = tl.constexpr(4)  # m^~^2 <= BOUND * v^
+NUMBERS = tl.constexpr(5)
+
+# Entries of the decision of a step (fp64).
+SKIP = tl.constexpr(0)
+COEFFICIENT = tl.constexpr(1)
+NORM = tl.constexpr(2)
+
+# Entries of the hyper-parameters (fp64).
+LR_B = tl.constexpr(0)
+LR_A = tl.constexpr(1)
+BETA1 = tl.constexpr(2)
+BETA2 = tl.constexpr(3)
+EPS = tl.constexpr(4)
+WEIGHT_DECAY = tl.constexpr(5)
+MAX_NORM = tl.constexpr(6)  # infinite for no clipping
+SIGN = tl.constexpr(7)  # -1 to maximise
+DAMPING = tl.constexpr(8)
+HYPERS = tl.constexpr(9)
+
+
+def address_rows(pairs: Sequence[Pair], chunk_rows: int, residual_rows: Sequence[int]) -> Tensor:
+    """Build the address table of a bucket on the host.
+
+    Args:
+        pairs: checked pairs with allocated state.
+        chunk_rows: rows per tile of the row-wise kernels.
+        residual_rows: first workspace row of each pair.
+
+    Returns:
+        int64, ``2 * pairs x COLUMNS``.
+    """
+    table: list[list[int]] = []
+    first = 0
+    for pair, residual in zip(pairs, residual_rows, strict=True):
+        for factor in (pair.b, pair.a):
+            chunks = -(-factor.rows.shape[0] // chunk_rows)
+            table.append([*_addresses(factor, pair.scaling), first, chunks, residual])
+            first += chunks
+    return torch.tensor(table, dtype=torch.int64)
+
+
+def _addresses(factor: Factor, scaling: float) -> list[int]:
+    """List one side's addresses, strides and sizes in the order of the columns."""
+    rows, state = factor.rows, factor.state
+
+    def address(key: str) -> int:
+        return state[key].data_ptr() if key in state else 0
+
+    grad = [0, 0, 0]
+    if factor.grad is not None:
+        grad = [factor.grad_rows.data_ptr(), *factor.grad_rows.stride()]
+    keys = ("exp_avg", "second_moment", "partner_basis", "master", "step", "guard")
+    return [
+        rows.data_ptr(),
+        *rows.stride(),
+        *grad,
+        *map(address, keys),
+        rows.shape[0],
+        struct.unpack("<q", struct.pack("<d", scaling))[0],
+    ]
+
+
+def row_tiles(pairs: Sequence[Pair], block_rows: int, heaviest_first: bool = False) -> Tensor:
+    """List (side, first row) of every tile of `block_rows` rows: int32, ``tiles x 2``.
+
+    Args:
+        pairs: pairs of a bucket.
+        block_rows: rows per tile.
+        heaviest_first: tiles with long partners come first, so that no long tile starts last.
+    """
+    tiles = []
+    for k, pair in enumerate(pairs):
+        for side, (factor, partner) in enumerate(pair.sides):
+            weight = partner.rows.shape[0]
+            tiles += [
+                (weight, 2 * k + side, start)
+                for start in range(0, factor.rows.shape[0], block_rows)
+            ]
+    if heaviest_first:
+        tiles.sort(key=lambda tile: -tile[0])
+    return torch.tensor([tile[1:] for tile in tiles], dtype=torch.int32)
