@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 MAX_RANK = 128
 
+# Rows of one tile of the operands, a multiple of every block_m and block_n below.
+OPERAND_ROWS = 128
+
 # Rows that one program of the row-wise kernels (gram, basis) reduces or writes.
 CHUNK_ROWS = 1024
 
@@ -35,9 +38,14 @@ def padded_rank(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def eighths(rank: int) -> int:
-    """Return how many 8-wide blocks a rank has."""
-    return -(-rank // 8)
+def block_width(rank: int) -> int:
+    """Return the width of the blocks of Q whose outer products are contracted."""
+    return 4 if rank <= 4 else 8
+
+
+def blocks(rank: int) -> int:
+    """Return how many such blocks a rank has."""
+    return -(-rank // block_width(rank))
 
 
 def resident(rank: int) -> bool:

@@ -11,24 +11,27 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from loft_kernels.backends.triton import configs, tables
 from loft_kernels.backends.triton.basis import _basis_kernel
 from loft_kernels.backends.triton.gram import _gram_kernel
 from loft_kernels.backends.triton.moments import _moments_kernel
+from loft_kernels.backends.triton.operands import _operands_kernel
 from loft_kernels.backends.triton.solve import _solve_kernel
-from loft_kernels.backends.triton.update import _residual_kernel, _update_kernel
+from loft_kernels.backends.triton.update import _update_kernel
 from loft_kernels.plan import Pair
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-# Share of the optimizer state that the workspace of residuals may take.
-_RESIDUAL_PARTS = 2
+# The operands of half the pairs are in memory at one time; more parts are more launches.
+_PARTS = 2
 
 
 def unsupported(pair: Pair) -> str | None:
@@ -64,6 +67,42 @@ class Decision:
         return self.values[tables.COEFFICIENT.value]
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Pairs whose operands share the workspace at one time.
+
+    Attributes:
+        operand_tiles: (side, first row, kind), see ``tables.Workspace``.
+        update_tiles: (side, first row).
+        partner_rows: rows of the workspace of partners' operands.
+        residual_rows: rows of the workspace of residuals.
+    """
+
+    operand_tiles: Tensor
+    update_tiles: Tensor
+    partner_rows: int
+    residual_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Tiles and workspace of a bucket.
+
+    Attributes:
+        row_tiles: tiles of `gram` and `basis`.
+        moment_tiles: tiles of `moments`.
+        places: workspace rows of every side.
+        parts: what `operands` and `update` serve one after the other.
+        tile: tile of the hot loop.
+    """
+
+    row_tiles: Tensor
+    moment_tiles: Tensor
+    places: list[tuple[int, int]]
+    parts: list[Part]
+    tile: configs.UpdateTile
+
+
 class LaunchPlan:
     """Everything about the launches that only changes when shapes or addresses do.
 
@@ -74,7 +113,10 @@ class LaunchPlan:
     def __init__(self, device: torch.device) -> None:
         """Start with nothing cached."""
         self.device = device
-        self._tiles: dict[tuple, tuple] = {}
+        # The major compute capability, 0 where there is no GPU (the interpreter).
+        cuda = device.type == "cuda"
+        self.capability = torch.cuda.get_device_capability(device)[0] if cuda else 0
+        self._layouts: dict[tuple, tuple[tuple, Layout]] = {}
         self._uploaded: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def step(
@@ -147,35 +189,54 @@ class LaunchPlan:
                 outside[index] = value.reshape(()).to(self.device)
         return outside
 
-    def tiles(self, key: tuple, members: Sequence[Pair]) -> tuple:
-        """Return the tile lists of a bucket, built when its shapes change."""
-        shapes = tuple((p.b.param.shape[0], p.a.param.shape[1]) for p in members)
-        cached = self._tiles.get(key)
-        if cached is None or cached[0] != shapes:
-            rank = key[0]
-            parts = 1 if configs.resident(rank) else _RESIDUAL_PARTS
-            block = configs.update_tile(self._capability(), rank).block_m
-            size = -(-len(members) // parts)
-            update, rows_of, residual_rows = [], [], 0
-            for start in range(0, len(members), size):
-                part = members[start : start + size]
-                offsets = [0]
-                for m, n in shapes[start : start + size]:
-                    offsets.append(offsets[-1] + max(m, n))
-                rows_of += offsets[:-1]
-                residual_rows = max(residual_rows, offsets[-1])
-                tiles = tables.row_tiles(part, block, heaviest_first=True)
-                tiles[:, 0] += 2 * start
-                update.append(tiles.to(self.device))
-            self._tiles[key] = cached = (
-                shapes,
-                tables.row_tiles(members, configs.CHUNK_ROWS).to(self.device),
-                tables.row_tiles(members, configs.moment_rows(rank)).to(self.device),
-                update,
-                rows_of,
-                residual_rows,
+    def layout(self, key: tuple, members: Sequence[Pair], alternate: bool) -> Layout:
+        """Return the tiles and workspace of a bucket, built anew when its pairs change."""
+        signature = tuple(
+            (*p.b.param.shape, *p.a.param.shape, p.b.grad is None, p.a.grad is None)
+            for p in members
+        )
+        cached = self._layouts.get(key)
+        if cached is None or cached[0] != signature:
+            cached = (signature, self._new_layout(key[0], members, alternate))
+            self._layouts[key] = cached
+        return cached[1]
+
+    def _new_layout(self, rank: int, members: Sequence[Pair], alternate: bool) -> Layout:
+        """Lay out tiles and workspace; reads the step counts once, the only synchronisation."""
+        shapes = [(p.b.param.shape[0], p.a.param.shape[1]) for p in members]
+        both = all(p.b.grad is not None and p.a.grad is not None for p in members)
+        shared = alternate and both and len(_phases(members)) == 1
+        tile = configs.update_tile(self.capability, rank)
+        size = -(-len(members) // _PARTS)
+        places: list[tuple[int, int]] = []
+        parts = []
+        for start in range(0, len(members), size):
+            part = slice(start, start + size)
+            space = tables.workspace(
+                shapes[part],
+                configs.OPERAND_ROWS,
+                shared=shared,
+                residuals=not configs.resident(rank),
             )
-        return cached[1:]
+            places += space.places
+            update = tables.row_tiles(members[part], tile.block_m, heaviest_first=True)
+            for tiles in (space.tiles, update):
+                tiles[:, 0] += 2 * start
+            parts.append(
+                Part(
+                    space.tiles.to(self.device),
+                    update.to(self.device),
+                    space.partner_rows,
+                    space.residual_rows,
+                )
+            )
+        return Layout(
+            tables.row_tiles(members, configs.CHUNK_ROWS).to(self.device),
+            tables.row_tiles(members, configs.moment_rows(rank)).to(self.device),
+            places,
+            parts,
+            tile,
+        )
 
     def upload(self, key: tuple, host: Tensor) -> Tensor:
         """Return a device copy of a host tensor, made anew only when its content changed."""
@@ -186,12 +247,6 @@ class LaunchPlan:
         copy = source.to(self.device, non_blocking=True)
         self._uploaded[key] = (host, copy)
         return copy
-
-    def _capability(self) -> int:
-        """Return the major compute capability, 0 where there is no GPU (the interpreter)."""
-        if self.device.type != "cuda":
-            return 0
-        return torch.cuda.get_device_capability(self.device)[0]
 
 
 class _BucketLaunch:
@@ -212,18 +267,17 @@ class _BucketLaunch:
         self.width = configs.padded_rank(self.rank)
         self.exact = exact
         self.device = plan.device
-        row_tiles, moment_tiles, update_tiles, rows_of, residual_rows = plan.tiles(key, pairs)
-        self.row_tiles, self.moment_tiles, self.update_tiles = row_tiles, moment_tiles, update_tiles
-        self.residual_rows = residual_rows
-        self.tile = configs.update_tile(plan._capability(), self.rank)
+        self.layout = plan.layout(key, pairs, self.options.alternate)
         self.sides = 2 * len(pairs)
-        table = tables.address_rows(pairs, configs.CHUNK_ROWS, rows_of)
+        table = tables.address_rows(pairs, configs.CHUNK_ROWS, self.layout.places)
         self.table = plan.upload(("table", key), table)
         self.hyper = self._hyper(plan, key, pairs[0], max_norm)
         square = (self.sides, self.width, self.width)
         empty = torch.empty
         self.partial = empty(
-            (len(row_tiles), 3, self.width, self.width), dtype=torch.float64, device=self.device
+            (len(self.layout.row_tiles), 3, self.width, self.width),
+            dtype=torch.float64,
+            device=self.device,
         )
         self.inverse = empty(square, dtype=torch.float64, device=self.device)
         self.change = empty(square, dtype=torch.float32, device=self.device)
@@ -245,9 +299,9 @@ class _BucketLaunch:
 
     def measure(self) -> None:
         """Gram products, then per side the inverse, the transition and the norm."""
-        _gram_kernel[(len(self.row_tiles),)](
+        _gram_kernel[(len(self.layout.row_tiles),)](
             table_ptr=self.table,
-            tiles_ptr=self.row_tiles,
+            tiles_ptr=self.layout.row_tiles,
             partial_ptr=self.partial,
             rank=self.rank,
             CHUNK=configs.CHUNK_ROWS,
@@ -280,9 +334,9 @@ class _BucketLaunch:
         count_skips: bool,
     ) -> None:
         """Take the decision of the step and replace the bases."""
-        _basis_kernel[(len(self.row_tiles),)](
+        _basis_kernel[(len(self.layout.row_tiles),)](
             table_ptr=self.table,
-            tiles_ptr=self.row_tiles,
+            tiles_ptr=self.layout.row_tiles,
             hyper_ptr=self.hyper,
             outside_ptr=outside,
             inverse_ptr=self.inverse,
@@ -304,9 +358,9 @@ class _BucketLaunch:
 
     def write(self, decision: Tensor) -> None:
         """Advance the moments and move the factors."""
-        _moments_kernel[(len(self.moment_tiles),)](
+        _moments_kernel[(len(self.layout.moment_tiles),)](
             table_ptr=self.table,
-            tiles_ptr=self.moment_tiles,
+            tiles_ptr=self.layout.moment_tiles,
             hyper_ptr=self.hyper,
             decision_ptr=decision,
             inverse_ptr=self.inverse,
@@ -319,45 +373,67 @@ class _BucketLaunch:
             PRECISION="ieee" if self.exact else "tf32x3",
             num_warps=4 if self.width <= 64 else 8,
         )
-        blocks = configs.eighths(self.rank)
-        resident = configs.resident(self.rank)
+        for part in self.layout.parts:
+            self._move(part, decision)
+
+    def _move(self, part: Part, decision: Tensor) -> None:
+        """Write the operands of some pairs and move their factors."""
+        blocks, width = configs.blocks(self.rank), configs.block_width(self.rank)
+        resident, tile = configs.resident(self.rank), self.layout.tile
+        slices = blocks * (blocks + 1) // 2
+        products = slices * width * width
         dtype = torch.float32 if self.exact else torch.float16
-        slices = 0 if resident else blocks * (blocks + 1) // 2
-        residual = torch.empty((slices, self.residual_rows, 64), dtype=dtype, device=self.device)
-        centre = torch.empty(
-            (0 if resident else self.residual_rows, 2), dtype=torch.float32, device=self.device
+        empty = partial(torch.empty, dtype=dtype, device=self.device)
+        partner = empty((part.partner_rows, products + 2 * self.width))
+        # A descriptor needs an address even where nothing is behind it.
+        residual = empty((max(1, part.residual_rows), products))
+        centre = torch.empty((part.residual_rows, 2), dtype=torch.float32, device=self.device)
+        common = {
+            "table_ptr": self.table,
+            "decision_ptr": decision,
+            "numbers_ptr": self.numbers,
+            "centre_ptr": centre,
+            "rank": self.rank,
+            "R": self.width,
+            "NB": blocks,
+            "B": width,
+        }
+        _operands_kernel[(len(part.operand_tiles),)](
+            **common,
+            tiles_ptr=part.operand_tiles,
+            partner_ptr=partner,
+            residual_ptr=residual,
+            BLOCK=configs.OPERAND_ROWS,
+            DTYPE=tl.float32 if self.exact else tl.float16,
+            num_warps=8,
         )
-        for tiles in self.update_tiles:
-            common = {
-                "table_ptr": self.table,
-                "tiles_ptr": tiles,
-                "decision_ptr": decision,
-                "numbers_ptr": self.numbers,
-                "residual_ptr": residual,
-                "centre_ptr": centre,
-                "residual_rows": self.residual_rows,
-                "rank": self.rank,
-                "BLOCK_M": self.tile.block_m,
-                "NB": blocks,
-                "num_warps": self.tile.warps,
-            }
-            if not resident:
-                _residual_kernel[(len(tiles),)](
-                    **common, DTYPE=tl.float32 if self.exact else tl.float16
-                )
-            _update_kernel[(len(tiles),)](
-                **common,
-                hyper_ptr=self.hyper,
-                inverse_ptr=self.inverse,
-                BLOCK_N=self.tile.block_n,
-                R=self.width,
-                RESIDENT=resident,
-                HAS_MASTER=self.param_dtype != torch.float32,
-                PARAM_DTYPE=_DTYPES[self.param_dtype],
-                EXACT=self.exact,
-                ASM=self.device.type == "cuda",
-                num_stages=self.tile.stages,
-            )
+        slice_ = width * width
+        _update_kernel[(len(part.update_tiles),)](
+            **common,
+            tiles_ptr=part.update_tiles,
+            hyper_ptr=self.hyper,
+            inverse_ptr=self.inverse,
+            products=TensorDescriptor.from_tensor(partner, [tile.block_n, slice_]),
+            halves=TensorDescriptor.from_tensor(partner, [tile.block_n, self.width]),
+            residual=TensorDescriptor.from_tensor(residual, [tile.block_m, slice_]),
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            RESIDENT=resident,
+            HAS_MASTER=self.param_dtype != torch.float32,
+            PARAM_DTYPE=_DTYPES[self.param_dtype],
+            EXACT=self.exact,
+            ASM=self.device.type == "cuda",
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+
+def _phases(pairs: Sequence[Pair]) -> set[int]:
+    """Return the phases that some pairs are in, read from the device."""
+    steps = [
+        torch.stack([f.state["step"] for f in (p.b, p.a) if "step" in f.state]).max() for p in pairs
+    ]
+    return {int(step) % 2 for step in torch.stack(steps).tolist()}
 
 
 def _rate_key(lr: float | Tensor) -> float | tuple[str, int]:

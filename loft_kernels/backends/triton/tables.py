@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton.language as tl
@@ -33,8 +34,9 @@ ROWS = tl.constexpr(12)
 SCALING = tl.constexpr(13)  # bits of an fp64
 FIRST_CHUNK = tl.constexpr(14)
 CHUNKS = tl.constexpr(15)
-RESIDUAL_ROW = tl.constexpr(16)  # first row in the workspace of residuals
-COLUMNS = tl.constexpr(17)
+PARTNER_ROW = tl.constexpr(16)  # first row in the workspace of the partner's operands
+RESIDUAL_ROW = tl.constexpr(17)  # first row in the workspace of residuals
+COLUMNS = tl.constexpr(18)
 
 # Columns of the per-side numbers (fp64).
 NORM_SQ = tl.constexpr(0)
@@ -62,23 +64,26 @@ DAMPING = tl.constexpr(8)
 HYPERS = tl.constexpr(9)
 
 
-def address_rows(pairs: Sequence[Pair], chunk_rows: int, residual_rows: Sequence[int]) -> Tensor:
+def address_rows(
+    pairs: Sequence[Pair], chunk_rows: int, workspace_rows: Sequence[tuple[int, int]]
+) -> Tensor:
     """Build the address table of a bucket on the host.
 
     Args:
         pairs: checked pairs with allocated state.
         chunk_rows: rows per tile of the row-wise kernels.
-        residual_rows: first workspace row of each pair.
+        workspace_rows: per side, the first row of its partner's operands and of its residuals.
 
     Returns:
         int64, ``2 * pairs x COLUMNS``.
     """
     table: list[list[int]] = []
     first = 0
-    for pair, residual in zip(pairs, residual_rows, strict=True):
-        for factor in (pair.b, pair.a):
+    for k, pair in enumerate(pairs):
+        for side, factor in enumerate((pair.b, pair.a)):
             chunks = -(-factor.rows.shape[0] // chunk_rows)
-            table.append([*_addresses(factor, pair.scaling), first, chunks, residual])
+            places = workspace_rows[2 * k + side]
+            table.append([*_addresses(factor, pair.scaling), first, chunks, *places])
             first += chunks
     return torch.tensor(table, dtype=torch.int64)
 
@@ -123,3 +128,48 @@ def row_tiles(pairs: Sequence[Pair], block_rows: int, heaviest_first: bool = Fal
     if heaviest_first:
         tiles.sort(key=lambda tile: -tile[0])
     return torch.tensor([tile[1:] for tile in tiles], dtype=torch.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Where the operands of each side go, and which tiles write them.
+
+    Attributes:
+        places: per side, the first row of its partner's operands and of its residuals.
+        partner_rows: rows to allocate for partners' operands.
+        residual_rows: rows to allocate for residuals.
+        tiles: (side, first row, 1 for the partner's operands or 0 for residuals), int32.
+    """
+
+    places: list[tuple[int, int]]
+    partner_rows: int
+    residual_rows: int
+    tiles: Tensor
+
+
+def workspace(
+    shapes: Sequence[tuple[int, int]], block: int, *, shared: bool, residuals: bool
+) -> Workspace:
+    """Lay out the workspace of some pairs; every range is padded to whole tiles.
+
+    Args:
+        shapes: (m, n) of each pair.
+        block: rows per tile.
+        shared: all pairs are in one phase, so the B sides and the A sides can share the memory.
+        residuals: residuals are written too.
+    """
+    places: list[tuple[int, int]] = [(0, 0)] * (2 * len(shapes))
+    tiles = []
+    totals, ends = [0, 0], (0, 0)
+    for side in (0, 1):
+        used = [0, 0] if shared else list(ends)
+        for k, shape in enumerate(shapes):
+            places[2 * k + side] = (used[0], used[1])
+            for kind, rows in ((1, shape[1 - side]), (0, shape[side])):
+                if kind == 0 and not residuals:
+                    continue
+                tiles += [(2 * k + side, start, kind) for start in range(0, rows, block)]
+                used[1 - kind] += -(-rows // block) * block
+        ends = (used[0], used[1])
+        totals = [max(t, u) for t, u in zip(totals, used, strict=True)]
+    return Workspace(places, totals[0], totals[1], torch.tensor(tiles, dtype=torch.int32))
