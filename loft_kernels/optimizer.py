@@ -38,6 +38,59 @@ class PairSlot:
     scaling: Scaling
 
 
+class Gathered:
+    """The pairs of the last step, for as long as only gradients, rates and scalings change.
+
+    Checking a hundred pairs anew costs more host time than launching their step.
+
+    Args:
+        optimizer: where they were gathered.
+        pairs: checked pairs with allocated state, one per slot.
+    """
+
+    def __init__(self, optimizer: LoFTAdamW, pairs: list[Pair]) -> None:
+        """Remember everything that would call for new checks."""
+        self.pairs = pairs
+        self._factors = [f for pair in pairs for f in (pair.b, pair.a)]
+        self._scalings = [slot.scaling for slot in optimizer._slots]
+        self._places = [place for s in optimizer._slots for place in (s.b, s.a)]
+        self._mode = (pairs[0].options.second_moment, pairs[0].options.calibrate)
+        self._seen = self._look(optimizer)
+
+    def _look(self, optimizer: LoFTAdamW) -> tuple[list[Any], ...]:
+        """List what has to stay the same, as values that compare quickly."""
+        groups = optimizer.param_groups
+        params = [groups[g]["params"][i] for g, i in self._places]
+        grads = [p.grad for p in params]
+        states = [optimizer.state.get(p) for p in params]
+        return (
+            [id(p) for p in params],
+            [p.data_ptr() for p in params],
+            [p.dtype for p in params],
+            [None if g is None else (g.dtype, g.layout) for g in grads],
+            [id(s) for s in states],
+            [0 if not s else s["exp_avg"].data_ptr() for s in states],
+        )
+
+    def refresh(self, optimizer: LoFTAdamW) -> bool:
+        """Take over this step's gradients, rates and scalings; False if more has changed."""
+        if self._look(optimizer) != self._seen:
+            return False
+        groups = optimizer.param_groups
+        options = [_step_options(group) for group in groups]
+        for factor in self._factors:
+            factor.grad = factor.param.grad
+            factor.lr = groups[factor.group]["lr"]
+        for pair, scaling in zip(self.pairs, self._scalings, strict=True):
+            pair.scaling = scaling.read()
+            pair.options = options[pair.b.group]
+            if options[pair.a.group] != pair.options:
+                return False
+            if (pair.options.second_moment, pair.options.calibrate) != self._mode:
+                return False
+        return True
+
+
 class LoFTAdamW(Optimizer):
     r"""AdamW on the virtual full weights of LoRA adapters (LoFT, arXiv 2505.21289).
 
@@ -117,6 +170,7 @@ class LoFTAdamW(Optimizer):
         self._warned_one_sided = False
         self._warned_fallback = False
         self._plan: Any = None
+        self._gathered: Gathered | None = None
         # Pairs and named tensors of new groups wait here until all groups are there: the factors
         # of a pair may stand in two groups with different learning rates.
         self._found: list[LoRAPair] = []
@@ -278,7 +332,8 @@ class LoFTAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in options that an older checkpoint or pickle lacks."""
-        self.__dict__.setdefault("_plan", None)
+        # What was cached belongs to other tensors.
+        self._plan, self._gathered = None, None
         super().__setstate__({**state, "state": checkpoint.unbox(state["state"])})
         for group in self.param_groups:
             for key, value in _OLDER_DEFAULTS.items():
@@ -328,6 +383,8 @@ class LoFTAdamW(Optimizer):
             Pairs with a gradient, and per group index the plain parameters with a gradient.
         """
         self._check_structure()
+        if allocate and self._gathered is not None and self._gathered.refresh(self):
+            return self._gathered.pairs, self._plain_parameters()
         pairs = []
         for slot in self._slots:
             pair = self._pair(slot)
@@ -345,6 +402,9 @@ class LoFTAdamW(Optimizer):
                 if factor.grad is not None:
                     factor.state = self.state[factor.param]
                     ready_state(factor, partner, pair.options)
+        if allocate:
+            whole = bool(pairs) and len(pairs) == len(self._slots)
+            self._gathered = Gathered(self, pairs) if whole else None
         return pairs, plain
 
     def _pair(self, slot: PairSlot) -> Pair:
@@ -359,7 +419,7 @@ class LoFTAdamW(Optimizer):
         names = group.get("param_names")
         name = names[place[1]] if names else f"{slot.name}.lora_{'A' if transposed else 'B'}"
         state = self.state.get(param, {})
-        return Factor(name, param, param.grad, transposed, group["lr"], state)
+        return Factor(name, param, param.grad, transposed, group["lr"], place[0], state)
 
     def _plain_parameters(self) -> dict[int, list[Tensor]]:
         """Collect the parameters with a gradient that are not in a pair, by group index."""

@@ -50,6 +50,7 @@ class Factor:
         grad: its gradient, or None: then this side neither moves nor accumulates.
         transposed: True for ``lora_A``, whose rows are the columns of the stored tensor.
         lr: learning rate of the factor's group.
+        group: index of that group.
         state: the optimizer's state of the parameter (see ``state.py``).
     """
 
@@ -58,6 +59,7 @@ class Factor:
     grad: Tensor | None
     transposed: bool
     lr: float | Tensor
+    group: int
     state: dict[str, Any]
 
     @property

@@ -41,8 +41,10 @@ def unsupported(pair: Pair) -> str | None:
         return "second_moment='diagonal' and calibrate=False are ablations of the reference path"
     if pair.a.param.shape[0] > configs.MAX_RANK:
         return f"rank {pair.a.param.shape[0]} is above {configs.MAX_RANK}"
-    if pair.b.param.dtype not in _DTYPES or pair.a.param.dtype != pair.b.param.dtype:
-        return f"parameters are {pair.b.param.dtype} and {pair.a.param.dtype}"
+    grads = {f.grad.dtype for f in (pair.b, pair.a) if f.grad is not None}
+    kinds = {pair.b.param.dtype, pair.a.param.dtype}
+    if len(kinds) > 1 or len(grads) > 1 or not (kinds | grads) <= _DTYPES.keys():
+        return f"parameters are {kinds} and gradients {grads}"
     return None
 
 
@@ -116,6 +118,9 @@ class LaunchPlan:
         # The major compute capability, 0 where there is no GPU (the interpreter).
         cuda = device.type == "cuda"
         self.capability = torch.cuda.get_device_capability(device)[0] if cuda else 0
+        self._pairs: Sequence[Pair] | None = None
+        self._buckets: dict[tuple, list[Pair]] = {}
+        self._tables: dict[tuple, tuple[list, Tensor, Tensor]] = {}
         self._layouts: dict[tuple, tuple[tuple, Layout]] = {}
         self._uploaded: dict[tuple, tuple[Tensor, Tensor]] = {}
 
@@ -137,13 +142,9 @@ class LaunchPlan:
             max_norm: largest norm of all projected gradients, or None.
             exact: no product of reduced precision.
         """
-        buckets: dict[tuple, list[Pair]] = {}
-        for pair in pairs:
-            grads = [f.grad.dtype for f in (pair.b, pair.a) if f.grad is not None]
-            key = (pair.a.param.shape[0], pair.b.param.dtype, grads[0], pair.options)
-            # A tensor learning rate is identified by its address, a number by its value.
-            rates = (_rate_key(pair.b.lr), _rate_key(pair.a.lr))
-            buckets.setdefault((*key, *rates), []).append(pair)
+        known = pairs is self._pairs
+        if not known:
+            self._pairs, self._buckets = pairs, _buckets(pairs)
         numbers = torch.zeros(
             (2 * len(pairs), tables.NUMBERS.value), dtype=torch.float64, device=self.device
         )
@@ -153,8 +154,8 @@ class LaunchPlan:
         if self.device.type == "cuda":
             on_device = torch.cuda.device(self.device)
         with on_device:
-            for key, members in buckets.items():
-                launch = _BucketLaunch(self, key, members, max_norm, exact)
+            for key, members in self._buckets.items():
+                launch = _BucketLaunch(self, key, members, max_norm, exact, known=known)
                 launch.numbers = numbers[first : first + 2 * len(members)]
                 first += 2 * len(members)
                 launch.measure()
@@ -189,8 +190,33 @@ class LaunchPlan:
                 outside[index] = value.reshape(()).to(self.device)
         return outside
 
-    def layout(self, key: tuple, members: Sequence[Pair], alternate: bool) -> Layout:
+    def table(self, key: tuple, members: Sequence[Pair], layout: Layout, *, known: bool) -> Tensor:
+        """Return the address table of a bucket on the device.
+
+        Args:
+            key: the bucket.
+            members: its pairs.
+            layout: its workspace.
+            known: nothing but gradients and scalings can have changed since the last step.
+        """
+        moving = tables.moving_entries(members)
+        cached = self._tables.get(key)
+        if known and cached is not None:
+            if cached[0] == moving:
+                return cached[2]
+            host = tables.with_moving_entries(cached[1], moving)
+        else:
+            host = tables.address_rows(members, configs.CHUNK_ROWS, layout.places)
+        table = self._to_device(host)
+        self._tables[key] = (moving, host, table)
+        return table
+
+    def layout(
+        self, key: tuple, members: Sequence[Pair], alternate: bool, *, known: bool
+    ) -> Layout:
         """Return the tiles and workspace of a bucket, built anew when its pairs change."""
+        if known and key in self._layouts:
+            return self._layouts[key][1]
         signature = tuple(
             (*p.b.param.shape, *p.a.param.shape, p.b.grad is None, p.a.grad is None)
             for p in members
@@ -243,10 +269,14 @@ class LaunchPlan:
         cached = self._uploaded.get(key)
         if cached is not None and torch.equal(cached[0], host):
             return cached[1]
-        source = host.pin_memory() if self.device.type == "cuda" else host
-        copy = source.to(self.device, non_blocking=True)
+        copy = self._to_device(host)
         self._uploaded[key] = (host, copy)
         return copy
+
+    def _to_device(self, host: Tensor) -> Tensor:
+        """Copy to the device without waiting for it."""
+        source = host.pin_memory() if self.device.type == "cuda" else host.clone()
+        return source.to(self.device, non_blocking=True)
 
 
 class _BucketLaunch:
@@ -261,16 +291,18 @@ class _BucketLaunch:
         pairs: Sequence[Pair],
         max_norm: float | None,
         exact: bool,
+        *,
+        known: bool,
     ) -> None:
         """Prepare tables and workspace."""
-        self.rank, self.param_dtype, self.grad_dtype, self.options = key[:4]
+        self.rank, self.param_dtype, self.grad_dtype = key[:3]
+        self.options = pairs[0].options
         self.width = configs.padded_rank(self.rank)
         self.exact = exact
         self.device = plan.device
-        self.layout = plan.layout(key, pairs, self.options.alternate)
+        self.layout = plan.layout(key, pairs, self.options.alternate, known=known)
         self.sides = 2 * len(pairs)
-        table = tables.address_rows(pairs, configs.CHUNK_ROWS, self.layout.places)
-        self.table = plan.upload(("table", key), table)
+        self.table = plan.table(key, pairs, self.layout, known=known)
         self.hyper = self._hyper(plan, key, pairs[0], max_norm)
         square = (self.sides, self.width, self.width)
         empty = torch.empty
@@ -436,9 +468,14 @@ def _phases(pairs: Sequence[Pair]) -> set[int]:
     return {int(step) % 2 for step in torch.stack(steps).tolist()}
 
 
-def _rate_key(lr: float | Tensor) -> float | tuple[str, int]:
-    """Identify a learning rate among the buckets of one step."""
-    return ("tensor", lr.data_ptr()) if isinstance(lr, Tensor) else 0.0
+def _buckets(pairs: Sequence[Pair]) -> dict[tuple, list[Pair]]:
+    """Sort pairs by what one set of launches can serve; options and rates belong to the groups."""
+    buckets: dict[tuple, list[Pair]] = {}
+    for pair in pairs:
+        grads = [f.grad.dtype for f in (pair.b, pair.a) if f.grad is not None]
+        key = (pair.a.param.shape[0], pair.b.param.dtype, grads[0], pair.b.group, pair.a.group)
+        buckets.setdefault(key, []).append(pair)
+    return buckets
 
 
 def _fp32(value: float) -> float:

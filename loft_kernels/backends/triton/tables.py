@@ -109,6 +109,31 @@ def _addresses(factor: Factor, scaling: float) -> list[int]:
     ]
 
 
+def moving_entries(pairs: Sequence[Pair]) -> list[tuple[int, ...]]:
+    """List per side what changes from step to step: address and strides of grad, scaling."""
+    entries: list[tuple[int, ...]] = []
+    for pair in pairs:
+        scaling = struct.unpack("<q", struct.pack("<d", pair.scaling))[0]
+        for factor in (pair.b, pair.a):
+            grad = factor.grad
+            if grad is None:
+                entries.append((0, 0, 0, scaling))
+            else:
+                first, second = grad.stride()
+                strides = (second, first) if factor.transposed else (first, second)
+                entries.append((grad.data_ptr(), *strides, scaling))
+    return entries
+
+
+def with_moving_entries(table: Tensor, entries: Sequence[tuple[int, ...]]) -> Tensor:
+    """Return a copy of an address table with other gradients and scalings."""
+    table = table.clone()
+    moving = torch.tensor(entries, dtype=torch.int64)
+    table[:, GRAD.value : GRAD.value + 3] = moving[:, :3]
+    table[:, SCALING.value] = moving[:, 3]
+    return table
+
+
 def row_tiles(pairs: Sequence[Pair], block_rows: int, heaviest_first: bool = False) -> Tensor:
     """List (side, first row) of every tile of `block_rows` rows: int32, ``tiles x 2``.
 
