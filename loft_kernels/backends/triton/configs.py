@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 MAX_RANK = 128
 
-# Rows of one tile of the operands, a multiple of every block_m and block_n below.
-OPERAND_ROWS = 128
+# The workspace of a side is padded to a multiple of every block_m and block_n below.
+PADDED_ROWS = 128
+
+# Rows of one tile of the operands.
+OPERAND_ROWS = 32
 
 # Rows that one program of the row-wise kernels (gram, basis) reduces or writes.
 CHUNK_ROWS = 1024
@@ -15,12 +18,13 @@ CHUNK_ROWS = 1024
 
 @dataclass(frozen=True, slots=True)
 class UpdateTile:
-    """Tile of the hot loop: rows, partner rows, warps, pipeline stages."""
+    """Tile of the hot loop: rows, partner rows, warps, pipeline stages, registers a thread."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 # Measured on one NVIDIA H200 (sm_90); the fallback is small enough for 99 KiB of shared memory.
@@ -60,5 +64,10 @@ def update_tile(capability: int, rank: int) -> UpdateTile:
 
 
 def moment_rows(rank: int) -> int:
-    """Return the rows per program of `moments`: about 4096 entries of P in registers."""
-    return max(1, 4096 // padded_rank(rank) ** 2)
+    """Return the rows per program of `moments`: about 2048 entries of P in registers."""
+    return max(1, 2048 // padded_rank(rank) ** 2)
+
+
+def moment_warps(rank: int) -> int:
+    """Return the warps per program of `moments`."""
+    return 4 if padded_rank(rank) <= 32 else 8

@@ -77,16 +77,20 @@ def _moments_kernel(
         g = load_rows(grad, grad_row, grad_col, o_row, rows, rank, R, GRAD_DTYPE).to(tl.float64)
         g = tl.sum(g[:, :, None] * tl.trans(inverse)[None, :, :], axis=1).to(tl.float32)
 
-        m_row = (o_row[:, None] < rows) & (o_r[None, :] < rank)
-        m_ptr = tl.load(row_ptr + EXP_AVG).to(tl.pointer_type(tl.float32))
-        m_ptr = m_ptr + o_row[:, None] * rank + o_r[None, :]
+        # Addresses inside a tile are 32-bit offsets from its first row: they are most of the
+        # kernel's registers.
+        o_local = tl.arange(0, BLOCK_M)
+        live = o_local < rows - start
+        m_row = live[:, None] & (o_r[None, :] < rank)
+        m_ptr = tl.load(row_ptr + EXP_AVG).to(tl.pointer_type(tl.float32)) + start * rank
+        m_ptr = m_ptr + (o_local[:, None] * rank + o_r[None, :])
         m = tl.load(m_ptr, mask=m_row, other=0.0)
 
         i, j = o_r[None, :, None], o_r[None, None, :]
         packed = (rank * (rank + 1)) // 2
-        p_ptr = tl.load(row_ptr + SECOND_MOMENT).to(tl.pointer_type(tl.float32))
-        p_ptr = p_ptr + o_row[:, None, None] * packed + packed_index(i, j, rank)
-        m_full = (o_row[:, None, None] < rows) & (i < rank) & (j < rank)
+        p_ptr = tl.load(row_ptr + SECOND_MOMENT).to(tl.pointer_type(tl.float32)) + start * packed
+        p_ptr = p_ptr + (o_local[:, None, None] * packed + packed_index(i, j, rank))
+        m_full = live[:, None, None] & (i < rank) & (j < rank)
         m_upper = m_full & (i <= j)
         if tl.load(changed_ptr + side) != 0:
             c = tl.load(change_ptr + side * R * R + o_rr)

@@ -41,12 +41,12 @@ def scale_of(partner_rows, rank):
 
 @triton.jit
 def _load_slice(p_ptr, o_row, rows, rank, p, q, B: tl.constexpr):
-    """Load the B x B block (p, q) of P of some rows: ``rows x B^2``."""
+    """Load the B x B block (p, q) of P of some rows, counted from p_ptr: ``rows x B^2``."""
     o_pair = tl.arange(0, B * B)
     i, j = B * p + o_pair // B, B * q + o_pair % B
     packed = (rank * (rank + 1)) // 2
     mask = (o_row[:, None] < rows) & ((i < rank) & (j < rank))[None, :]
-    return tl.load(p_ptr + o_row[:, None] * packed + packed_index(i, j, rank)[None, :], mask, 0.0)
+    return tl.load(p_ptr + (o_row[:, None] * packed + packed_index(i, j, rank)[None, :]), mask, 0.0)
 
 
 @triton.jit
@@ -54,13 +54,28 @@ def _load_block(x_ptr, o_row, rows, rank, p, B: tl.constexpr):
     """Load columns Bp .. Bp + B - 1 of a contiguous fp32 matrix: ``rows x B``."""
     o_col = B * p + tl.arange(0, B)
     mask = (o_row[:, None] < rows) & (o_col[None, :] < rank)
-    return tl.load(x_ptr + o_row[:, None] * rank + o_col[None, :], mask=mask, other=0.0)
+    return tl.load(x_ptr + (o_row[:, None] * rank + o_col[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
 def _outer(x, y, COUNT: tl.constexpr, B: tl.constexpr):
     """Form the row-wise outer products of two ``rows x B`` tiles: ``rows x B^2``."""
     return tl.reshape(x[:, :, None] * y[:, None, :], (COUNT, B * B))
+
+
+@triton.jit
+def from_row(m_ptr, p_ptr, rows, start, rank):
+    """Move m, P and the number of rows to start at a row, so that offsets fit 32 bits."""
+    packed = (rank * (rank + 1)) // 2
+    return m_ptr + start * rank, p_ptr + start * packed, (rows - start).to(tl.int32)
+
+
+@triton.jit
+def _next_pair(p, q, NB: tl.constexpr):
+    """Step through the block pairs p <= q in the order (0, 0), (0, 1), ..., (1, 1), ..."""
+    wrap = q + 1 == NB
+    p = tl.where(wrap, p + 1, p)
+    return p, tl.where(wrap, p, q + 1)
 
 
 @triton.jit
@@ -84,15 +99,16 @@ def centre(
     p_sq = tl.zeros((BLOCK_M,), tl.float32)
     mpm = tl.zeros((BLOCK_M,), tl.float32)
     m_sq = tl.zeros((BLOCK_M,), tl.float32)
-    for p in tl.static_range(NB):
+    p, q = 0, 0
+    for _ in range(0, (NB * (NB + 1)) // 2):
+        weight = tl.where(p == q, 1.0, 2.0)
         m_p = _load_block(m_ptr, o_row, rows, rank, p, B) / bias1
-        m_sq += tl.sum(m_p * m_p, axis=1)
-        for q in tl.static_range(p, NB):
-            weight = 1.0 if p == q else 2.0
-            m_q = _load_block(m_ptr, o_row, rows, rank, q, B) / bias1
-            block = _load_slice(p_ptr, o_row, rows, rank, p, q, B) / bias2
-            p_sq += weight * tl.sum(block * block, axis=1)
-            mpm += weight * tl.sum(block * _outer(m_p, m_q, BLOCK_M, B), axis=1)
+        m_q = _load_block(m_ptr, o_row, rows, rank, q, B) / bias1
+        m_sq += tl.where(p == q, tl.sum(m_p * m_p, axis=1), 0.0)
+        block = _load_slice(p_ptr, o_row, rows, rank, p, q, B) / bias2
+        p_sq += weight * tl.sum(block * block, axis=1)
+        mpm += weight * tl.sum(block * _outer(m_p, m_q, BLOCK_M, B), axis=1)
+        p, q = _next_pair(p, q, NB)
     m_4 = m_sq * m_sq
     a = tl.where(m_4 > 0, mpm / tl.where(m_4 > 0, m_4, 1.0), 0.0)
     r_sq = tl.maximum(p_sq - a * mpm, p_sq * 2.384185791015625e-07)  # 2^-22
@@ -125,14 +141,6 @@ def residual_slice(
 
 
 @triton.jit
-def _next_pair(p, q, NB: tl.constexpr):
-    """Step through the block pairs p <= q in the order (0, 0), (0, 1), ..., (1, 1), ..."""
-    wrap = q + 1 == NB
-    p = tl.where(wrap, p + 1, p)
-    return p, tl.where(wrap, p, q + 1)
-
-
-@triton.jit
 def _write_partner(
     row_ptr,
     start,
@@ -149,8 +157,9 @@ def _write_partner(
     SLICES: tl.constexpr = (NB * (NB + 1)) // 2
     WIDTH: tl.constexpr = SLICES * B * B + 2 * R
     basis = tl.load(row_ptr + PARTNER_BASIS)
-    q_ptr = basis.to(tl.pointer_type(tl.float32))
+    q_ptr = basis.to(tl.pointer_type(tl.float32)) + start * rank
     o_row = start + tl.arange(0, BLOCK)
+    o_local, left = tl.arange(0, BLOCK), (partner_rows - start).to(tl.int32)
     tau = scale_of(partner_rows, rank)
     out_ptr += (tl.load(row_ptr + PARTNER_ROW) + o_row[:, None]) * WIDTH
     o_r, o_pair = tl.arange(0, R), tl.arange(0, B * B)
@@ -160,8 +169,8 @@ def _write_partner(
     tl.store(out_ptr + SLICES * B * B + R + o_r[None, :], (q - high.to(tl.float32)).to(DTYPE))
     p, s = 0, 0
     for index in range(0, SLICES):
-        q_p = _load_block(q_ptr, o_row, partner_rows, rank, p, B) * tau
-        q_s = _load_block(q_ptr, o_row, partner_rows, rank, s, B) * tau
+        q_p = _load_block(q_ptr, o_local, left, rank, p, B) * tau
+        q_s = _load_block(q_ptr, o_local, left, rank, s, B) * tau
         outer = _outer(q_p, q_s, BLOCK, B).to(DTYPE)
         tl.store(out_ptr + index * B * B + o_pair[None, :], outer)
         p, s = _next_pair(p, s, NB)
@@ -187,9 +196,10 @@ def _write_residual(
     bias2 = tl.load(number_ptr + BIAS2).to(tl.float32)
     m_ptr = tl.load(row_ptr + EXP_AVG).to(tl.pointer_type(tl.float32))
     p_ptr = tl.load(row_ptr + SECOND_MOMENT).to(tl.pointer_type(tl.float32))
-    o_row = start + tl.arange(0, BLOCK)
+    m_ptr, p_ptr, rows = from_row(m_ptr, p_ptr, rows, start, rank)
+    o_row = tl.arange(0, BLOCK)
     a, sigma_sq = centre(m_ptr, p_ptr, o_row, rows, rank, bias1, bias2, BLOCK, NB, B)
-    o_out = tl.load(row_ptr + RESIDUAL_ROW) + o_row
+    o_out = tl.load(row_ptr + RESIDUAL_ROW) + start + o_row
     tl.store(centre_ptr + 2 * o_out, a)
     tl.store(centre_ptr + 2 * o_out + 1, sigma_sq)
     out_ptr += o_out[:, None] * WIDTH + tl.arange(0, B * B)[None, :]

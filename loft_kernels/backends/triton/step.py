@@ -241,6 +241,7 @@ class LaunchPlan:
             space = tables.workspace(
                 shapes[part],
                 configs.OPERAND_ROWS,
+                configs.PADDED_ROWS,
                 shared=shared,
                 residuals=not configs.resident(rank),
             )
@@ -403,7 +404,7 @@ class _BucketLaunch:
             R=self.width,
             GRAD_DTYPE=_DTYPES[self.grad_dtype],
             PRECISION="ieee" if self.exact else "tf32x3",
-            num_warps=4 if self.width <= 64 else 8,
+            num_warps=configs.moment_warps(self.rank),
         )
         for part in self.layout.parts:
             self._move(part, decision)
@@ -437,7 +438,7 @@ class _BucketLaunch:
             residual_ptr=residual,
             BLOCK=configs.OPERAND_ROWS,
             DTYPE=tl.float32 if self.exact else tl.float16,
-            num_warps=8,
+            num_warps=4,
         )
         slice_ = width * width
         _update_kernel[(len(part.update_tiles),)](
@@ -457,6 +458,7 @@ class _BucketLaunch:
             ASM=self.device.type == "cuda",
             num_warps=tile.warps,
             num_stages=tile.stages,
+            maxnreg=tile.registers if self.device.type == "cuda" else None,
         )
 
 

@@ -173,13 +173,14 @@ class Workspace:
 
 
 def workspace(
-    shapes: Sequence[tuple[int, int]], block: int, *, shared: bool, residuals: bool
+    shapes: Sequence[tuple[int, int]], block: int, padding: int, *, shared: bool, residuals: bool
 ) -> Workspace:
-    """Lay out the workspace of some pairs; every range is padded to whole tiles.
+    """Lay out the workspace of some pairs; see ``padding``.
 
     Args:
         shapes: (m, n) of each pair.
         block: rows per tile.
+        padding: every range is padded to a multiple of this many rows.
         shared: all pairs are in one phase, so the B sides and the A sides can share the memory.
         residuals: residuals are written too.
     """
@@ -193,8 +194,9 @@ def workspace(
             for kind, rows in ((1, shape[1 - side]), (0, shape[side])):
                 if kind == 0 and not residuals:
                     continue
-                tiles += [(2 * k + side, start, kind) for start in range(0, rows, block)]
-                used[1 - kind] += -(-rows // block) * block
+                padded = -(-rows // padding) * padding
+                tiles += [(2 * k + side, start, kind) for start in range(0, padded, block)]
+                used[1 - kind] += padded
         ends = (used[0], used[1])
         totals = [max(t, u) for t, u in zip(totals, used, strict=True)]
     return Workspace(places, totals[0], totals[1], torch.tensor(tiles, dtype=torch.int32))

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from loft_kernels.backends.triton.gram import load_rows
-from loft_kernels.backends.triton.operands import centre, residual_slice, scale_of
+from loft_kernels.backends.triton.operands import centre, from_row, residual_slice, scale_of
 from loft_kernels.backends.triton.tables import (
     BIAS1,
     BIAS2,
@@ -126,7 +126,9 @@ def _update_kernel(
 
         # The rows' operands: sigma m in two halves, and the residual.
         if RESIDENT:
-            a, sigma_sq = centre(m_ptr, p_ptr, o_row, rows, rank, bias1, bias2, BLOCK_M, NB, B)
+            m_ptr, p_ptr, left = from_row(m_ptr, p_ptr, rows, start, rank)
+            o_local = tl.arange(0, BLOCK_M)
+            a, sigma_sq = centre(m_ptr, p_ptr, o_local, left, rank, bias1, bias2, BLOCK_M, NB, B)
         else:
             first = tl.load(row_ptr + RESIDUAL_ROW)
             o_residual = (first + start).to(tl.int32)
@@ -140,14 +142,26 @@ def _update_kernel(
         m_low = (m - m_high.to(tl.float32)).to(OPERAND)
         if RESIDENT:
             r_00 = residual_slice(
-                m_ptr, p_ptr, o_row, rows, rank, a, sigma_sq, bias1, bias2, 0, 0, BLOCK_M, B
+                m_ptr, p_ptr, o_local, left, rank, a, sigma_sq, bias1, bias2, 0, 0, BLOCK_M, B
             ).to(OPERAND)
             if NB == 2:
                 r_01 = residual_slice(
-                    m_ptr, p_ptr, o_row, rows, rank, a, 2 * sigma_sq, bias1, bias2, 0, 1, BLOCK_M, B
+                    m_ptr,
+                    p_ptr,
+                    o_local,
+                    left,
+                    rank,
+                    a,
+                    2 * sigma_sq,
+                    bias1,
+                    bias2,
+                    0,
+                    1,
+                    BLOCK_M,
+                    B,
                 ).to(OPERAND)
                 r_11 = residual_slice(
-                    m_ptr, p_ptr, o_row, rows, rank, a, sigma_sq, bias1, bias2, 1, 1, BLOCK_M, B
+                    m_ptr, p_ptr, o_local, left, rank, a, sigma_sq, bias1, bias2, 1, 1, BLOCK_M, B
                 ).to(OPERAND)
 
         SLICES: tl.constexpr = (NB * (NB + 1)) // 2
