@@ -63,11 +63,30 @@ def update_tile(capability: int, rank: int) -> UpdateTile:
     return _UPDATE_TILES.get((capability, width), _FALLBACK)
 
 
-def moment_rows(rank: int) -> int:
-    """Return the rows per program of `moments`: about 2048 entries of P in registers."""
-    return max(1, 2048 // padded_rank(rank) ** 2)
+def moment_width(rank: int) -> int:
+    """Return the width of a row's tile in `moments`, which needs no matrix product below 16."""
+    return max(2, 1 << (rank - 1).bit_length())
 
 
-def moment_warps(rank: int) -> int:
-    """Return the warps per program of `moments`."""
-    return 4 if padded_rank(rank) <= 32 else 8
+@dataclass(frozen=True, slots=True)
+class MomentTile:
+    """Tile of `moments`: rows and warps of a program."""
+
+    rows: int
+    warps: int
+
+
+_MOMENT_TILES = {
+    2: MomentTile(128, 4),
+    4: MomentTile(64, 4),
+    8: MomentTile(16, 4),
+    16: MomentTile(8, 4),
+    32: MomentTile(2, 4),
+    64: MomentTile(1, 4),
+    128: MomentTile(1, 8),
+}
+
+
+def moment_tile(rank: int) -> MomentTile:
+    """Return the tile of `moments` for a rank."""
+    return _MOMENT_TILES[moment_width(rank)]

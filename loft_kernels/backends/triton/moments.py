@@ -37,6 +37,20 @@ def packed_index(i, j, rank):
 
 
 @triton.jit
+def _carry(p, c, BLOCK_M: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr):
+    """Form C^T P C for every row of a ``rows x R x R`` tile."""
+    if R < 16:  # too narrow for a matrix product
+        p = tl.sum(p[:, :, :, None] * c[None, None, :, :], axis=2)
+        p = tl.sum(p[:, :, None, :] * c[None, :, :, None], axis=1)
+    else:
+        p = tl.dot(tl.reshape(p, (BLOCK_M * R, R)), c, input_precision=PRECISION)
+        p = tl.permute(tl.reshape(p, (BLOCK_M, R, R)), (0, 2, 1))
+        p = tl.dot(tl.reshape(p, (BLOCK_M * R, R)), c, input_precision=PRECISION)
+        p = tl.reshape(p, (BLOCK_M, R, R))
+    return p
+
+
+@triton.jit
 def _moments_kernel(
     table_ptr,
     tiles_ptr,
@@ -48,6 +62,7 @@ def _moments_kernel(
     rank,
     BLOCK_M: tl.constexpr,
     R: tl.constexpr,
+    WIDTH: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -71,9 +86,9 @@ def _moments_kernel(
         coefficient = tl.load(decision_ptr + COEFFICIENT) * tl.load(hyper_ptr + SIGN) / scaling
 
         o_r = tl.arange(0, R)
-        o_rr = o_r[:, None] * R + o_r[None, :]
+        o_rr = o_r[:, None] * WIDTH + o_r[None, :]
         o_row = start + tl.arange(0, BLOCK_M)
-        inverse = tl.load(inverse_ptr + (side ^ 1) * R * R + o_rr) * coefficient
+        inverse = tl.load(inverse_ptr + (side ^ 1) * WIDTH * WIDTH + o_rr) * coefficient
         g = load_rows(grad, grad_row, grad_col, o_row, rows, rank, R, GRAD_DTYPE).to(tl.float64)
         g = tl.sum(g[:, :, None] * tl.trans(inverse)[None, :, :], axis=1).to(tl.float32)
 
@@ -93,13 +108,10 @@ def _moments_kernel(
         m_full = live[:, None, None] & (i < rank) & (j < rank)
         m_upper = m_full & (i <= j)
         if tl.load(changed_ptr + side) != 0:
-            c = tl.load(change_ptr + side * R * R + o_rr)
+            c = tl.load(change_ptr + side * WIDTH * WIDTH + o_rr)
             m = tl.sum(m[:, :, None] * c[None, :, :], axis=1)
             p = tl.load(p_ptr, mask=m_full, other=0.0)
-            p = tl.dot(tl.reshape(p, (BLOCK_M * R, R)), c, input_precision=PRECISION)
-            p = tl.permute(tl.reshape(p, (BLOCK_M, R, R)), (0, 2, 1))
-            p = tl.dot(tl.reshape(p, (BLOCK_M * R, R)), c, input_precision=PRECISION)
-            p = tl.reshape(p, (BLOCK_M, R, R))
+            p = _carry(p, c, BLOCK_M, R, PRECISION)
             # Reads of a lower entry and the write of its upper twin come from different threads.
             tl.debug_barrier()
         else:

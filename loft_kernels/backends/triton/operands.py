@@ -96,19 +96,20 @@ def centre(
     |R|_F^2 = |P|_F^2 - (m P m^T)^2 / |m|^4. Rounding limits it to about 3e-4 |P|_F; sigma is
     clamped there, which costs fp16 at most 11 bits of range and no accuracy.
     """
-    p_sq = tl.zeros((BLOCK_M,), tl.float32)
-    mpm = tl.zeros((BLOCK_M,), tl.float32)
-    m_sq = tl.zeros((BLOCK_M,), tl.float32)
+    acc_p = tl.zeros((BLOCK_M, B * B), tl.float32)
+    acc_mpm = tl.zeros((BLOCK_M, B * B), tl.float32)
+    acc_m = tl.zeros((BLOCK_M, B), tl.float32)
     p, q = 0, 0
     for _ in range(0, (NB * (NB + 1)) // 2):
         weight = tl.where(p == q, 1.0, 2.0)
         m_p = _load_block(m_ptr, o_row, rows, rank, p, B) / bias1
         m_q = _load_block(m_ptr, o_row, rows, rank, q, B) / bias1
-        m_sq += tl.where(p == q, tl.sum(m_p * m_p, axis=1), 0.0)
+        acc_m += tl.where(p == q, m_p * m_p, 0.0)
         block = _load_slice(p_ptr, o_row, rows, rank, p, q, B) / bias2
-        p_sq += weight * tl.sum(block * block, axis=1)
-        mpm += weight * tl.sum(block * _outer(m_p, m_q, BLOCK_M, B), axis=1)
+        acc_p += weight * block * block
+        acc_mpm += weight * block * _outer(m_p, m_q, BLOCK_M, B)
         p, q = _next_pair(p, q, NB)
+    p_sq, mpm, m_sq = tl.sum(acc_p, axis=1), tl.sum(acc_mpm, axis=1), tl.sum(acc_m, axis=1)
     m_4 = m_sq * m_sq
     a = tl.where(m_4 > 0, mpm / tl.where(m_4 > 0, m_4, 1.0), 0.0)
     r_sq = tl.maximum(p_sq - a * mpm, p_sq * 2.384185791015625e-07)  # 2^-22

@@ -259,7 +259,7 @@ class LaunchPlan:
             )
         return Layout(
             tables.row_tiles(members, configs.CHUNK_ROWS).to(self.device),
-            tables.row_tiles(members, configs.moment_rows(rank)).to(self.device),
+            tables.row_tiles(members, configs.moment_tile(rank).rows).to(self.device),
             places,
             parts,
             tile,
@@ -400,11 +400,12 @@ class _BucketLaunch:
             change_ptr=self.change,
             changed_ptr=self.changed,
             rank=self.rank,
-            BLOCK_M=configs.moment_rows(self.rank),
-            R=self.width,
+            BLOCK_M=configs.moment_tile(self.rank).rows,
+            R=configs.moment_width(self.rank),
+            WIDTH=self.width,
             GRAD_DTYPE=_DTYPES[self.grad_dtype],
             PRECISION="ieee" if self.exact else "tf32x3",
-            num_warps=configs.moment_warps(self.rank),
+            num_warps=configs.moment_tile(self.rank).warps,
         )
         for part in self.layout.parts:
             self._move(part, decision)
