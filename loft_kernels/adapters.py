@@ -52,14 +52,20 @@ class Scaling:
             ValueError: it is zero or not finite: the pair has no effect and no update.
         """
         module = None if self._module is None else self._module()
-        if module is not None:
-            self._value = _scaling_of(module, self._adapter)
-        if self._value == 0 or self._value - self._value != 0:
+        if module is None:
+            return self._checked(self._value)
+        value = _scaling_of(module, self._adapter)
+        self._value = value
+        return self._checked(value)
+
+    def _checked(self, value: float) -> float:
+        """Return a usable scaling."""
+        if value == 0 or value - value != 0:
             raise ValueError(
-                f"scaling {self._value} of adapter {self._adapter or 'default'!r}: LoFT divides by "
+                f"scaling {value} of adapter {self._adapter or 'default'!r}: LoFT divides by "
                 "alpha/r, so it must be finite and not 0 (is lora_alpha 0, or an adapter disabled?)"
             )
-        return self._value
+        return value
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop the module, which neither pickles nor belongs to the optimizer."""
@@ -392,7 +398,8 @@ def _overlapping(pairs: list[LoRAPair]) -> dict[str, tuple[str, str]]:
 def _scaling_of(module: nn.Module, adapter: str) -> float:
     """Read a layer's scaling: a number, or a dict of adapters; 1 where there is none."""
     scaling = getattr(module, "scaling", 1.0)
-    if isinstance(scaling, Mapping):
+    # dict first: it is the common case, and asking for Mapping is slow at every step.
+    if isinstance(scaling, dict) or isinstance(scaling, Mapping):  # noqa: SIM101
         scaling = scaling.get(adapter, 1.0)
     return float(scaling.item() if isinstance(scaling, torch.Tensor) else scaling)
 

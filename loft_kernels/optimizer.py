@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -46,49 +47,67 @@ class Gathered:
     Args:
         optimizer: where they were gathered.
         pairs: checked pairs with allocated state, one per slot.
+
+    Attributes:
+        pairs: the pairs.
+        backend: what ``backends.choose`` said of them, once asked.
     """
 
     def __init__(self, optimizer: LoFTAdamW, pairs: list[Pair]) -> None:
         """Remember everything that would call for new checks."""
         self.pairs = pairs
+        self.backend: tuple[str, str] | None = None
         self._factors = [f for pair in pairs for f in (pair.b, pair.a)]
+        self._params = [f.param for f in self._factors]
+        self._states = [f.state for f in self._factors]
+        self._moments = [f.state.get("exp_avg") for f in self._factors]
         self._scalings = [slot.scaling for slot in optimizer._slots]
-        self._places = [place for s in optimizer._slots for place in (s.b, s.a)]
+        self._listed = [p for group in optimizer.param_groups for p in group["params"]]
         self._mode = (pairs[0].options.second_moment, pairs[0].options.calibrate)
-        self._seen = self._look(optimizer)
+        self._seen = self._look()
 
-    def _look(self, optimizer: LoFTAdamW) -> tuple[list[Any], ...]:
-        """List what has to stay the same, as values that compare quickly."""
-        groups = optimizer.param_groups
-        params = [groups[g]["params"][i] for g, i in self._places]
-        grads = [p.grad for p in params]
-        states = [optimizer.state.get(p) for p in params]
+    def _look(self) -> tuple[list[Any], ...]:
+        """List what has to stay the same and compares quickly."""
+        grads = [p.grad for p in self._params]
         return (
-            [id(p) for p in params],
-            [p.data_ptr() for p in params],
-            [p.dtype for p in params],
-            [None if g is None else (g.dtype, g.layout) for g in grads],
-            [id(s) for s in states],
-            [0 if not s else s["exp_avg"].data_ptr() for s in states],
+            [p.data_ptr() for p in self._params],
+            [p.dtype for p in self._params],
+            [None if g is None else g.dtype for g in grads],
+            [None if g is None else g.layout for g in grads],
+        )
+
+    def _same_objects(self, optimizer: LoFTAdamW) -> bool:
+        """Tell whether the optimizer still holds the same tensors and state."""
+        listed = [p for group in optimizer.param_groups for p in group["params"]]
+        state = optimizer.state
+        return (
+            len(listed) == len(self._listed)
+            and all(map(operator.is_, listed, self._listed))
+            and all(
+                (state.get(p) or None) is (s or None)
+                for p, s in zip(self._params, self._states, strict=True)
+            )
+            and all(s.get("exp_avg") is m for s, m in zip(self._states, self._moments, strict=True))
         )
 
     def refresh(self, optimizer: LoFTAdamW) -> bool:
         """Take over this step's gradients, rates and scalings; False if more has changed."""
-        if self._look(optimizer) != self._seen:
+        if not self._same_objects(optimizer) or self._look() != self._seen:
             return False
         groups = optimizer.param_groups
         options = [_step_options(group) for group in groups]
+        rates = [group["lr"] for group in groups]
         for factor in self._factors:
             factor.grad = factor.param.grad
-            factor.lr = groups[factor.group]["lr"]
+            factor.lr = rates[factor.group]
         for pair, scaling in zip(self.pairs, self._scalings, strict=True):
             pair.scaling = scaling.read()
-            pair.options = options[pair.b.group]
-            if options[pair.a.group] != pair.options:
+            own = options[pair.b.group]
+            if pair.a.group != pair.b.group and options[pair.a.group] != own:
                 return False
-            if (pair.options.second_moment, pair.options.calibrate) != self._mode:
-                return False
-        return True
+            pair.options = own
+        used = {pair.b.group for pair in self.pairs}
+        return all((options[g].second_moment, options[g].calibrate) == self._mode for g in used)
 
 
 class LoFTAdamW(Optimizer):
@@ -241,7 +260,7 @@ class LoFTAdamW(Optimizer):
         members = [p for group in plain.values() for p in group]
         if not pairs and not members:
             return loss
-        backend, reason = backends.choose(self.backend, pairs)
+        backend, reason = self._choose_backend(pairs)
         if reason and not self._warned_fallback:
             self._warned_fallback = True
             warnings.warn(
@@ -250,6 +269,15 @@ class LoFTAdamW(Optimizer):
         take = self._step_triton if backend == "triton" else self._step_reference
         take(pairs, plain, members)
         return loss
+
+    def _choose_backend(self, pairs: list[Pair]) -> tuple[str, str]:
+        """Choose the backend of a step; the answer stands while the pairs do."""
+        known = self._gathered
+        if known is None or known.pairs is not pairs:
+            return backends.choose(self.backend, pairs)
+        if known.backend is None:
+            known.backend = backends.choose(self.backend, pairs)
+        return known.backend
 
     def _step_reference(
         self, pairs: list[Pair], plain: dict[int, list[Tensor]], members: list[Tensor]

@@ -29,10 +29,11 @@ class UpdateTile:
 
 # Measured on one NVIDIA H200 (sm_90); the fallback is small enough for 99 KiB of shared memory.
 _UPDATE_TILES = {
-    (9, 8): UpdateTile(128, 64, 4, 2),
-    (9, 16): UpdateTile(128, 64, 4, 2),
-    (9, 32): UpdateTile(128, 128, 8, 2),
-    (9, 64): UpdateTile(128, 128, 8, 2),
+    (9, 8): UpdateTile(64, 64, 4, 3),
+    (9, 16): UpdateTile(64, 64, 4, 3),
+    (9, 32): UpdateTile(64, 128, 4, 4),
+    (9, 64): UpdateTile(128, 128, 8, 4),
+    (9, 128): UpdateTile(128, 64, 8, 3),
 }
 _FALLBACK = UpdateTile(64, 64, 4, 2)
 
@@ -79,9 +80,9 @@ class MomentTile:
 _MOMENT_TILES = {
     2: MomentTile(128, 4),
     4: MomentTile(64, 4),
-    8: MomentTile(16, 4),
-    16: MomentTile(8, 4),
-    32: MomentTile(2, 4),
+    8: MomentTile(4, 2),
+    16: MomentTile(4, 2),
+    32: MomentTile(1, 2),
     64: MomentTile(1, 4),
     128: MomentTile(1, 8),
 }

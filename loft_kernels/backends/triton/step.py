@@ -120,7 +120,7 @@ class LaunchPlan:
         self.capability = torch.cuda.get_device_capability(device)[0] if cuda else 0
         self._pairs: Sequence[Pair] | None = None
         self._buckets: dict[tuple, list[Pair]] = {}
-        self._tables: dict[tuple, tuple[list, Tensor, Tensor]] = {}
+        self._tables: dict[tuple, tuple[tuple, Tensor, Tensor]] = {}
         self._layouts: dict[tuple, tuple[tuple, Layout]] = {}
         self._uploaded: dict[tuple, tuple[Tensor, Tensor]] = {}
 

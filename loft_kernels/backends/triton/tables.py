@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -109,28 +110,27 @@ def _addresses(factor: Factor, scaling: float) -> list[int]:
     ]
 
 
-def moving_entries(pairs: Sequence[Pair]) -> list[tuple[int, ...]]:
-    """List per side what changes from step to step: address and strides of grad, scaling."""
-    entries: list[tuple[int, ...]] = []
-    for pair in pairs:
-        scaling = struct.unpack("<q", struct.pack("<d", pair.scaling))[0]
-        for factor in (pair.b, pair.a):
-            grad = factor.grad
-            if grad is None:
-                entries.append((0, 0, 0, scaling))
-            else:
-                first, second = grad.stride()
-                strides = (second, first) if factor.transposed else (first, second)
-                entries.append((grad.data_ptr(), *strides, scaling))
-    return entries
+def moving_entries(pairs: Sequence[Pair]) -> tuple[list[Any], list[Any], list[float]]:
+    """List what changes from step to step: addresses and strides of gradients, scalings."""
+    grads = [f.grad for pair in pairs for f in (pair.b, pair.a)]
+    return (
+        [0 if g is None else g.data_ptr() for g in grads],
+        [(0, 0) if g is None else g.stride() for g in grads],
+        [pair.scaling for pair in pairs],
+    )
 
 
-def with_moving_entries(table: Tensor, entries: Sequence[tuple[int, ...]]) -> Tensor:
+def with_moving_entries(table: Tensor, entries: tuple[list[Any], list[Any], list[float]]) -> Tensor:
     """Return a copy of an address table with other gradients and scalings."""
     table = table.clone()
-    moving = torch.tensor(entries, dtype=torch.int64)
-    table[:, GRAD.value : GRAD.value + 3] = moving[:, :3]
-    table[:, SCALING.value] = moving[:, 3]
+    addresses, strides, scalings = entries
+    table[:, GRAD.value] = torch.tensor(addresses)
+    stored = torch.tensor(strides)
+    # Sides alternate between B, whose rows are stored rows, and A, whose rows are columns.
+    table[0::2, GRAD.value + 1 : GRAD.value + 3] = stored[0::2]
+    table[1::2, GRAD.value + 1 : GRAD.value + 3] = stored[1::2].flip(1)
+    bits = torch.tensor(scalings, dtype=torch.float64).view(torch.int64)
+    table[:, SCALING.value] = bits.repeat_interleave(2)
     return table
 
 
