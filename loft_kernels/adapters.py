@@ -39,8 +39,15 @@ class Scaling:
     A copy or pickle of the optimizer keeps the last value read.
     """
 
-    def __init__(self, value: float, module: nn.Module | None = None, adapter: str = "") -> None:
+    def __init__(
+        self,
+        value: float,
+        module: nn.Module | None = None,
+        adapter: str = "",
+        layer: str = "a pair without a name",
+    ) -> None:
         """Start from a number, or follow ``module.scaling`` (a number or a dict of adapters)."""
+        self._layer = layer
         self._value = float(value)
         self._module = None if module is None else weakref.ref(module)
         self._adapter = adapter
@@ -62,14 +69,14 @@ class Scaling:
         """Return a usable scaling."""
         if value == 0 or value - value != 0:
             raise ValueError(
-                f"scaling {value} of adapter {self._adapter or 'default'!r}: LoFT divides by "
-                "alpha/r, so it must be finite and not 0 (is lora_alpha 0, or an adapter disabled?)"
+                f"{self._layer} has scaling {value}: LoFT divides by alpha/r, so it must be finite "
+                "and not 0 (is lora_alpha 0, or an adapter disabled?)"
             )
         return value
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop the module, which neither pickles nor belongs to the optimizer."""
-        return {"_value": self._value, "_module": None, "_adapter": self._adapter}
+        return {**self.__dict__, "_module": None}
 
 
 @dataclass(slots=True)
@@ -228,7 +235,7 @@ def pairs_from_names(named: Sequence[tuple[str, Tensor, NamedScaling]]) -> list[
                 "group a key 'scaling' (a number, or a dict from layer name to number)"
             )
         _check_shapes(name_b, b, name_a, a)
-        pairs.append(LoRAPair(layer, b, a, Scaling(value), name_b, name_a))
+        pairs.append(LoRAPair(layer, b, a, Scaling(value, layer=layer), name_b, name_a))
     return pairs
 
 
@@ -313,9 +320,9 @@ def _strict_pair(candidate: _Candidate) -> LoRAPair:
             "on_unsupported='adamw' to train these factors with plain AdamW"
         )
     _check_shapes(name_b, b, name_a, a)
-    scaling = Scaling(1.0, candidate.layer, candidate.adapter)
-    scaling.read()
     name = f"{candidate.path}[{candidate.adapter}]" if candidate.adapter else candidate.path
+    scaling = Scaling(1.0, candidate.layer, candidate.adapter, name or name_b)
+    scaling.read()
     return LoRAPair(name, b, a, scaling, name_b, name_a)
 
 

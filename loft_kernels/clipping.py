@@ -85,7 +85,7 @@ def decide(
 def _storable(entry: PreparedPair, coefficient: float) -> bool:
     """Tell whether a pair's gradients are finite and their squares fit the state's dtype."""
     return all(
-        side.host.norm_sq * coefficient * coefficient
+        side.host.stored_sq * coefficient * coefficient
         < torch.finfo(state_dtype(side.factor.param)).max
         for side in entry.sides
     )

@@ -30,12 +30,14 @@ class HostNumbers:
         step: steps taken so far.
         guard: bound on m~^2 / v so far.
         norm_sq: ``||G P||_F^2`` of this gradient; not finite if the gradient is not.
+        stored_sq: squared norm of what the second moment squares; it has to fit the state.
         unchanged: the partner's basis is bitwise that of the last visit.
     """
 
     step: int = 0
     guard: float = 0.0
     norm_sq: float = 0.0
+    stored_sq: float = 0.0
     unchanged: bool = False
 
 
@@ -102,8 +104,8 @@ def prepare(
     values = iter(_to_host([*numbers, *extra]))
     for entry in prepared:
         for side in entry.sides:
-            step, guard, norm_sq, unchanged = (next(values) for _ in range(4))
-            side.host = HostNumbers(int(step), guard, norm_sq, bool(unchanged))
+            step, guard, norm_sq, stored_sq, unchanged = (next(values) for _ in range(5))
+            side.host = HostNumbers(int(step), guard, norm_sq, stored_sq, bool(unchanged))
     return prepared, list(values)
 
 
@@ -136,7 +138,10 @@ def _numbers(side: Side, pair: Pair) -> list[Tensor]:
     last = state.get(_memory_key(pair))
     unchanged = zero if last is None else (last == side.remembered).all()
     step, guard = state.get("step", zero), state.get("guard", zero)
-    return [step, guard, side.g.square().sum(), unchanged]
+    norm_sq = stored_sq = side.g.square().sum()
+    if pair.options.second_moment == "diagonal":
+        stored_sq = (side.g @ side.basis.chol_inv).square().sum()
+    return [step, guard, norm_sq, stored_sq, unchanged]
 
 
 def _memory_key(pair: Pair) -> str:

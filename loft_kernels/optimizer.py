@@ -72,6 +72,9 @@ class Gathered:
         return (
             [p.data_ptr() for p in self._params],
             [p.dtype for p in self._params],
+            [p.shape for p in self._params],
+            [p.stride() for p in self._params],
+            [None if g is None else g.shape for g in grads],
             [None if g is None else g.dtype for g in grads],
             [None if g is None else g.layout for g in grads],
         )
@@ -232,8 +235,15 @@ class LoFTAdamW(Optimizer):
         elif "param_names" in group:
             named = zip(group["param_names"], group["params"], strict=True)
             self._named += [(name, p, scaling) for name, p in named]
-        if not self._building:
+        if self._building:
+            return
+        try:
             self._pair_up()
+        except ValueError:
+            # A refused group must not stay: its factors would train as plain parameters.
+            self.param_groups.pop()
+            self._sizes.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -374,8 +384,11 @@ class LoFTAdamW(Optimizer):
             for g, group in enumerate(self.param_groups)
             for i, p in enumerate(group["params"])
         }
-        pairs = self._found + pairs_from_names(self._named)
+        found, named = self._found, self._named
         self._found, self._named = [], []
+        pairs = found + pairs_from_names(named)
+        self._gathered = None
+        slots: list[PairSlot] = []
         taken = {place for slot in self._slots for place in (slot.b, slot.a)}
         for pair in pairs:
             for name, tensor in ((pair.name_B, pair.lora_B), (pair.name_A, pair.lora_A)):
@@ -388,8 +401,9 @@ class LoFTAdamW(Optimizer):
                     )
                 taken.add(places[id(tensor)])
             b, a = places[id(pair.lora_B)], places[id(pair.lora_A)]
-            self._slots.append(PairSlot(pair.name, b, a, pair.scaling))
-            self._shared_options(self._slots[-1])
+            slots.append(PairSlot(pair.name, b, a, pair.scaling))
+            self._shared_options(slots[-1])
+        self._slots += slots
 
     def _shared_options(self, slot: PairSlot) -> StepOptions:
         """Read the options of a pair, which both factors' groups must agree on."""
@@ -458,7 +472,8 @@ class LoFTAdamW(Optimizer):
                 if (g, i) in paired or param.grad is None:
                     continue
                 names = group.get("param_names")
-                check_plain(names[i] if names else f"parameter {i} of group {g}", param)
+                name = names[i] if names else f"parameter {i} of group {g}"
+                check_plain(name, param, self.state.get(param, {}))
                 plain.setdefault(g, []).append(param)
         return plain
 
@@ -551,7 +566,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
-    elif not lr >= 0.0:
+        lr = float(lr)
+    if not lr >= 0.0:
         raise ValueError(f"Invalid learning rate: {lr}")
     for name, label in (
         ("eps", "epsilon"),
@@ -560,6 +576,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
     ):
         if not options[name] >= 0.0:
             raise ValueError(f"Invalid {label} value: {options[name]}")
+    if len(options["betas"]) != 2:
+        raise ValueError(f"Invalid betas: {options['betas']}: they must be two numbers")
     for index, beta in enumerate(options["betas"]):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")

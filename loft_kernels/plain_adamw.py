@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from loft_kernels.state import META_CURE
 
-def check_plain(name: str, param: Tensor) -> None:
+STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def check_plain(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
     """Refuse a parameter that the step cannot serve, before anything is written.
 
     Raises:
         TypeError: complex or integer parameters.
-        RuntimeError: meta tensors, sparse gradients.
+        RuntimeError: meta tensors, sparse gradients, gradient or state of another shape.
     """
     if not param.is_floating_point():
         kind = "complex" if param.is_complex() else str(param.dtype)
         raise TypeError(f"{name} is {kind}: LoFTAdamW needs real floating-point parameters")
     if param.is_meta:
-        raise RuntimeError(f"{name} is on the meta device: call to_empty() before the first step")
+        raise RuntimeError(f"{name} is on the meta device: {META_CURE}")
     if param.grad is not None and param.grad.is_sparse:
         raise RuntimeError(f"LoFTAdamW does not support sparse gradients ({name})")
+    held = {
+        "its gradient": param.grad,
+        **{f"state[{key!r}]": state.get(key) for key in STATE_KEYS[1:]},
+    }
+    for what, tensor in held.items():
+        if tensor is not None and tensor.shape != param.shape:
+            raise RuntimeError(
+                f"{name} has shape {tuple(param.shape)}, but {what} {tuple(tensor.shape)}: a "
+                "parameter must keep its shape while it has a gradient or state"
+            )
 
 
 def adamw_step_(
@@ -55,6 +69,10 @@ def adamw_step_(
             state["step"] = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        for key in STATE_KEYS[1:]:
+            # The state follows a parameter that changed device or dtype.
+            if state[key].dtype != param.dtype or state[key].device != param.device:
+                state[key] = state[key].to(param)
         if fused and state["step"].device != param.device:
             state["step"] = state["step"].to(device=param.device, dtype=torch.float32)
     beta1, beta2 = group["betas"]

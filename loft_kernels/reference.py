@@ -67,6 +67,11 @@ def unpack_symmetric(packed: Tensor, rank: int) -> Tensor:
     return full
 
 
+def widened(x: Tensor) -> Tensor:
+    """Copy to fp64 in row-major order, so that the caller's layout cannot change a bit."""
+    return x.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+
+
 def gram(partner: Tensor, damping: float = 0.0) -> Tensor:
     """Compute Y^T Y in fp64, with an optional ridge relative to its mean diagonal entry.
 
@@ -74,7 +79,7 @@ def gram(partner: Tensor, damping: float = 0.0) -> Tensor:
         partner: Y, ``partner_rows x r``, any real floating dtype.
         damping: adds ``damping * trace(Y^T Y) / r`` to the diagonal; 0 changes nothing.
     """
-    wide = partner.double()
+    wide = widened(partner)
     product = wide.T @ wide
     if damping:
         product.diagonal().add_(damping * product.diagonal().mean())
@@ -134,7 +139,7 @@ def orthonormal_bases(partners: list[Tensor], damping: list[float]) -> list[Basi
     for members in batches.values():
         grams = torch.stack([gram(partners[k], damping[k]) for k in members])
         chol, inverse = cholesky_dropping(grams)
-        first = [partners[k].double() @ m.T for k, m in zip(members, inverse, strict=True)]
+        first = [widened(partners[k]) @ m.T for k, m in zip(members, inverse, strict=True)]
         if not any(damping[k] for k in members):
             first, chol, inverse = _second_pass(first, chol, inverse)
         pseudo = _pseudo_inverse(chol, inverse)
@@ -183,7 +188,7 @@ def scaled_gradient(grad: Tensor, basis: Basis, scaling: float) -> Tensor:
     Returns:
         ``rows x r`` in fp64. Its Frobenius norm is that of the projected gradient ``G Q Q^T``.
     """
-    return grad.double() @ (basis.chol_inv.T / scaling)
+    return widened(grad) @ (basis.chol_inv.T / scaling)
 
 
 def transition(basis_prev: Tensor, q: Tensor) -> Tensor:

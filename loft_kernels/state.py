@@ -29,6 +29,7 @@ from loft_kernels.plan import Factor, Pair, StepOptions
 from loft_kernels.reference import packed_length
 
 FORMAT = 1
+META_CURE = "call to_empty() and build the optimizer afterwards"
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -220,6 +221,11 @@ def check_pair(pair: Pair) -> None:
                 f"LoFTAdamW does not support sparse gradients ({factor.name}); build the layer "
                 "with sparse=False"
             )
+        if factor.grad is not None and factor.grad.shape != factor.param.shape:
+            raise RuntimeError(
+                f"{factor.name} has shape {tuple(factor.param.shape)}, but its gradient "
+                f"{tuple(factor.grad.shape)}: call zero_grad() after replacing a parameter's data"
+            )
     if b.param.shape[1] != a.param.shape[0]:
         raise ValueError(
             f"{b.name} of shape {tuple(b.param.shape)} and {a.name} of shape "
@@ -252,7 +258,7 @@ def check_factor(name: str, param: Tensor) -> None:
             "DDP or ZeRO stage 0 (or FSDP with use_orig_params=True on unsharded adapters)"
         )
     if param.is_meta:
-        raise RuntimeError(f"{name} is on the meta device: call to_empty() before the first step")
+        raise RuntimeError(f"{name} is on the meta device: {META_CURE}")
     if param.numel() and 0 in param.stride() and max(param.shape) > 1:
         sizes = zip(param.shape, param.stride(), strict=True)
         if any(size > 1 and stride == 0 for size, stride in sizes):

@@ -123,6 +123,22 @@ def test_guard_bounds_the_ratio_of_the_moments_and_never_binds_in_exact_arithmet
         assert bool((m * m <= guard * v * (1 + 1e-12)).all())
 
 
+def test_guard_bounds_the_step_where_rounding_lost_the_second_moment():
+    # v = 0 under m != 0 happens to a stored P in fp32, never in exact arithmetic.
+    q = torch.eye(3)
+    step = ref.virtual_adam_projection(
+        torch.tensor([[0.3, -2.0, 0.0]]),
+        torch.zeros(1, 6),
+        q,
+        bias_correction1=0.5,
+        bias_correction2=0.25,
+        eps=0.0,
+        guard=9.0,
+    )
+    bound = (9.0 * 0.25 / 0.5**2) ** 0.5
+    torch.testing.assert_close(step, torch.tensor([[bound, -bound, 0.0]]))
+
+
 def test_guard_is_the_closed_form_for_constant_betas():
     beta1, beta2, guard = 0.9, 0.999, 0.0
     for step in range(1, 201):
