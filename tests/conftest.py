@@ -1,0 +1,22 @@
+"""Without a GPU the Triton kernels run in Triton's interpreter, which has to be asked for early."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests where there is none; LOFT_REQUIRE_GPU=1 makes a missing GPU an error."""
+    if torch.cuda.is_available():
+        return
+    if os.environ.get("LOFT_REQUIRE_GPU") == "1":
+        raise pytest.UsageError("LOFT_REQUIRE_GPU=1, but torch sees no CUDA GPU")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

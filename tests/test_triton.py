@@ -1,0 +1,285 @@
+"""The Triton kernels against the reference path: parameters and every state tensor.
+
+On a GPU the optimizer itself runs them; without one, Triton's interpreter does, on small and odd
+shapes. Steps are teacher-forced: both sides start from one state, which a few reference steps have
+filled. Memory that nobody wrote is NaN, and every tensor that the kernels reach through the address
+table lies between bands of NaN.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import loft_kernels as lk
+
+pytest.importorskip("triton", reason="the Triton backend is optional")
+from loft_kernels.backends.triton.step import LaunchPlan
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BAND = 64  # entries of NaN before and after every tensor
+HISTORY = 5  # reference steps before the step under test
+
+# fp16 operands err by 2^-11 each, at random; a projection onto 30 to 130 columns averages less of
+# that away than one onto the thousands of columns of a real layer, where 3e-4 is the bar.
+DEFAULT_LIMIT = 1e-3
+
+
+class Pair(nn.Module):
+    """A LoRA pair in memory of its own, between bands of NaN."""
+
+    def __init__(self, m: int, n: int, rank: int, rng: torch.Generator, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.scaling = 0.5
+        self.lora_A = nn.Parameter(banded(torch.randn(rank, n, generator=rng).to(dtype)))
+        self.lora_B = nn.Parameter(banded(torch.randn(m, rank, generator=rng).to(dtype)))
+
+
+def banded(value: Tensor) -> Tensor:
+    """Copy a tensor into the middle of a buffer of NaN (of its largest integer for counts)."""
+    empty = float("nan") if value.is_floating_point() else torch.iinfo(value.dtype).max
+    # fp64 and int64 entries behind narrower ones need their own alignment: one buffer each.
+    buffer = torch.full((value.numel() + 2 * BAND,), empty, dtype=value.dtype, device=DEVICE)
+    inner = buffer[BAND : BAND + value.numel()].view(value.shape)
+    inner.copy_(value)
+    return inner
+
+
+def assert_bands_untouched(tensor: Tensor, name: str) -> None:
+    """Check that nothing was written beside a banded tensor."""
+    whole = torch.as_strided(tensor.detach(), (tensor.numel() + 2 * BAND,), (1,), 0)
+    for band in (whole[:BAND], whole[-BAND:]):
+        intact = band.isnan() if band.is_floating_point() else band == torch.iinfo(band.dtype).max
+        assert bool(intact.all()), f"{name}: a kernel wrote outside its tensor"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes, rank and options of one comparison."""
+
+    name: str
+    shapes: tuple[tuple[int, int], ...] = ((70, 45), (33, 130))
+    ranks: tuple[int, ...] = (8,)
+    dtype: torch.dtype = torch.float32
+    options: dict[str, Any] = field(default_factory=dict)
+    spoil: str = ""
+
+
+CASES = [
+    *(Case(f"r{r}", ranks=(r,)) for r in (1, 3, 4, 8, 16, 24)),
+    Case("tile-edges", shapes=((64, 128), (65, 63), (127, 129)), ranks=(4,)),
+    Case("one-row", shapes=((1, 7), (7, 1)), ranks=(2,)),
+    Case("rank-above-size", shapes=((6, 40),), ranks=(9,)),
+    Case("mixed-ranks", ranks=(3, 16)),
+    Case("bf16", dtype=torch.bfloat16),
+    Case("fp16", dtype=torch.float16),
+    Case("clip", options={"max_grad_norm": 0.05}),
+    Case("decay", options={"weight_decay": 0.3}),
+    Case("betas", options={"betas": (0.5, 0.9)}),
+    Case("no-momentum", options={"betas": (0.0, 0.0)}),
+    Case("eps-zero", options={"eps": 0.0}),
+    Case("eps-large", options={"eps": 1.0}),
+    Case("simultaneous", options={"alternate": False}),
+    Case("maximize", options={"maximize": True}),
+    Case("damping", options={"damping": 1e-2}),
+    Case("strided-gradients", spoil="strided"),
+    Case("missing-gradient", spoil="missing"),
+    Case("missing-pair", spoil="missing-pair"),
+    Case("zero-partner", spoil="zero"),
+    Case("dependent-columns", spoil="dependent"),
+]
+
+
+def build(case: Case, precision: str) -> tuple[nn.ModuleList, lk.LoFTAdamW]:
+    """Make the adapters and an optimizer for the kernels."""
+    rng = torch.Generator().manual_seed(3)
+    ranks = case.ranks * len(case.shapes)
+    pairs = [Pair(m, n, r, rng, case.dtype) for (m, n), r in zip(case.shapes, ranks, strict=False)]
+    module = nn.ModuleList(pairs)
+    backend = "triton" if DEVICE == "cuda" else "auto"
+    return module, lk.LoFTAdamW(
+        module, lr=1e-2, backend=backend, precision=precision, **case.options
+    )
+
+
+def set_gradients(module: nn.ModuleList, case: Case, step: int) -> None:
+    """Give every factor a gradient, spoilt as the case asks."""
+    rng = torch.Generator().manual_seed(100 + step)
+    mean = torch.Generator().manual_seed(7)
+    for p in module.parameters():
+        noise = torch.randn(p.shape, generator=rng) + torch.randn(p.shape, generator=mean)
+        grad = (0.1 * noise).to(device=DEVICE, dtype=p.dtype)
+        p.grad = grad.T.contiguous().T if case.spoil == "strided" else grad
+    if case.spoil == "missing":
+        module[0].lora_A.grad = None
+    if case.spoil == "missing-pair":
+        module[0].lora_A.grad = module[0].lora_B.grad = None
+
+
+def spoil_factors(module: nn.ModuleList, case: Case) -> None:
+    """Make a factor zero or rank-deficient before the step under test."""
+    with torch.no_grad():
+        if case.spoil == "zero":
+            module[0].lora_A.zero_()
+            module[1].lora_B.zero_()
+        if case.spoil == "dependent":
+            module[0].lora_A[3] = module[0].lora_A[1]
+            module[1].lora_B[:, 0] = 2 * module[1].lora_B[:, 5] - module[1].lora_B[:, 2]
+
+
+def twin_of(module: nn.ModuleList, opt: lk.LoFTAdamW, case: Case, dtype: torch.dtype | None):
+    """Copy a run for the reference path, into another dtype if asked."""
+    twin = copy.deepcopy(module)
+    if dtype is not None:
+        twin = twin.to(dtype)
+    for p, q in zip(module.parameters(), twin.parameters(), strict=True):
+        q.grad = None if p.grad is None else p.grad.to(q.dtype)
+    twin_opt = lk.LoFTAdamW(twin, lr=1e-2, backend="reference", **case.options)
+    twin_opt.load_state_dict(opt.state_dict())
+    for group, own in zip(twin_opt.param_groups, opt.param_groups, strict=True):
+        group["lr"] = own["lr"]
+    return twin, twin_opt
+
+
+def kernel_step(opt: lk.LoFTAdamW, plan: LaunchPlan) -> None:
+    """Take one step with the kernels: through the optimizer, or interpreted."""
+    if DEVICE == "cuda":
+        opt.step()
+        return
+    with torch.no_grad():
+        pairs, _ = opt._gather(allocate=True)
+        plan.step(
+            pairs,
+            plan.outside([], None, None),
+            opt.nonfinite_steps,
+            max_norm=opt.max_grad_norm,
+            exact=opt.precision == "ieee",
+        )
+
+
+def reference_history(module: nn.ModuleList, opt: lk.LoFTAdamW, case: Case) -> None:
+    """Fill the state with reference steps, and put it between bands."""
+    backend, opt.backend = opt.backend, "reference"
+    for step in range(HISTORY):
+        set_gradients(module, case, step)
+        opt.step()
+    opt.backend = backend
+    for state in opt.state.values():
+        for key, value in state.items():
+            state[key] = banded(value)
+    spoil_factors(module, case)
+
+
+def displacement_error(actual: Tensor, exact: Tensor, before: Tensor) -> float:
+    """Return the error relative to how far a factor moves; absolute where it stays."""
+    moved = float((exact - before).norm())
+    error = float((actual.double() - exact).norm())
+    return error / moved if moved > 0 else error
+
+
+def compare(case: Case, precision: str, step: int) -> None:
+    """Compare one step of the kernels with fp64 and with the fp32 reference."""
+    module, opt = build(case, precision)
+    plan = LaunchPlan(torch.device(DEVICE))
+    reference_history(module, opt, case)
+    for k in range(step):
+        set_gradients(module, case, HISTORY + k)
+        kernel_step(opt, plan)
+    set_gradients(module, case, HISTORY + step)
+    if case.dtype == torch.float32:
+        # Rounding X - lr * update to fp32 is no error of the update: take a long step.
+        opt.param_groups[0]["lr"] = 1.0
+    exact, exact_opt = twin_of(module, opt, case, torch.float64)
+    eager, eager_opt = twin_of(module, opt, case, None)
+    before = [p.detach().double().clone() for p in module.parameters()]
+    kernel_step(opt, plan)
+    exact_opt.step()
+    eager_opt.step()
+    names = [n for n, _ in module.named_parameters()]
+    runs = zip(
+        names, module.parameters(), exact.parameters(), eager.parameters(), before, strict=True
+    )
+    for name, p, q, e, x in runs:
+        assert_bands_untouched(p, name)
+        assert bool(p.isfinite().all()), f"{name} is not finite"
+        if case.dtype == torch.float32:
+            error = displacement_error(p.detach(), q.detach(), x)
+            own = displacement_error(e.detach(), q.detach(), x)
+            limit = DEFAULT_LIMIT if precision == "default" else 2 * own + 2e-6
+            assert error <= limit, f"{name} moved with error {error:.1e}, limit {limit:.1e}"
+        else:
+            torch.testing.assert_close(p, e, rtol=2 * torch.finfo(p.dtype).eps, atol=1e-6)
+        assert_state_equal(name, opt.state.get(p, {}), exact_opt.state.get(q, {}))
+
+
+def assert_state_equal(name: str, state: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """Compare every state tensor with fp64's; counts and bounds exactly."""
+    assert state.keys() - {"master"} == exact.keys()
+    for key, value in exact.items():
+        assert_bands_untouched(state[key], f"{name} {key}")
+        if key in ("step", "guard"):
+            torch.testing.assert_close(state[key], value, rtol=1e-14, atol=0)
+            continue
+        scale = float(value.norm())
+        error = float((state[key].double() - value).norm())
+        assert error <= 5e-7 * scale + 1e-30, f"{name}: {key} has error {error / scale:.1e}"
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Fill memory that nobody wrote with NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_step_equals_the_reference_in_both_phases(case):
+    for step in (0, 1):
+        compare(case, "default", step)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=lambda case: case.name)
+def test_ieee_step_is_at_most_twice_as_far_as_the_eager_one(case):
+    for step in (0, 1):
+        compare(case, "ieee", step)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e25], ids=["nan", "inf", "overflow"])
+def test_bad_gradient_skips_the_whole_step_on_the_device(bad):
+    case = Case("skip")
+    module, opt = build(case, "default")
+    plan = LaunchPlan(torch.device(DEVICE))
+    reference_history(module, opt, case)
+    set_gradients(module, case, 9)
+    module[1].lora_A.grad[2, 5] = bad
+    before = copy.deepcopy((list(module.parameters()), opt.state_dict()["state"]))
+    kernel_step(opt, plan)
+    assert int(opt.nonfinite_steps) == 1
+    for p, q in zip(module.parameters(), before[0], strict=True):
+        assert torch.equal(p, q)
+    for index, state in opt.state_dict()["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, before[1][index][key]), (index, key)
+
+
+def test_two_runs_are_bitwise_equal():
+    ends = []
+    for _ in range(2):
+        module, opt = build(CASES[4], "default")
+        plan = LaunchPlan(torch.device(DEVICE))
+        for step in range(3):
+            set_gradients(module, CASES[4], step)
+            kernel_step(opt, plan)
+        ends.append([*module.parameters(), *(t for s in opt.state.values() for t in s.values())])
+    for one, other in zip(*ends, strict=True):
+        assert torch.equal(one, other)
