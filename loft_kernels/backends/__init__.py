@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -37,16 +39,27 @@ class BackendReport:
         return "\n".join(lines)
 
 
-def triton_missing() -> str | None:
-    """Say why the Triton backend cannot run here, or None if it can."""
+@cache
+def triton_missing(device: int = 0) -> str | None:
+    """Say why the Triton backend cannot run on a GPU, or None if it can."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
     if torch.version.hip is not None:
         return "ROCm is not supported"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "the GPU is older than compute capability 8.0"
     if find_spec("triton") is None:
         return "the triton package is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"compute capability {capability} is older than 8.0"
+    triton = import_module("triton")
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    # Older compilers abort the process on fp64 products for Blackwell.
+    needed = (3, 9) if capability >= (10, 0) else (3, 6)
+    if found < needed:
+        return (
+            f"compute capability {capability} needs Triton {needed[0]}.{needed[1]}, found "
+            f"{triton.__version__}"
+        )
     return None
 
 
@@ -86,13 +99,13 @@ def choose(backend: str, pairs: Sequence[Pair]) -> tuple[str, str]:
     """
     if backend == "reference" or not pairs or pairs[0].b.param.device.type != "cuda":
         return "reference", ""
-    missing = triton_missing()
+    if len({p.b.param.device for p in pairs}) > 1:
+        return "reference", "the pairs are on several devices"
+    missing = triton_missing(pairs[0].b.param.device.index or 0)
     if missing is not None:
         return "reference", missing
     from loft_kernels.backends.triton.step import unsupported
 
-    if len({p.b.param.device for p in pairs}) > 1:
-        return "reference", "the pairs are on several devices"
     for pair in pairs:
         reason = unsupported(pair)
         if reason is not None:

@@ -1,0 +1,34 @@
+"""Every kernel compiles for Ampere, Hopper and Blackwell on a machine without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the Triton backend is optional")
+
+KERNELS = ("gram", "solve", "basis", "operands", "moments", "update")
+# Shared memory of one program: sm_86, sm_89 and sm_120 have 99 KiB, sm_90 and sm_100 227 KiB.
+LIMITS = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@pytest.mark.parametrize("capability", LIMITS, ids="sm_{}".format)
+@pytest.mark.parametrize("rank", [4, 16, 64], ids="r{}".format)
+def test_kernels_compile_and_fit_shared_memory(capability, rank):
+    script = Path(__file__).parent / "compile_kernels.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability), str(rank)],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    shared = dict(line.split() for line in done.stdout.splitlines())
+    assert set(shared) == {f"_{k}_kernel" for k in KERNELS}
+    over = {k: v for k, v in shared.items() if int(v) > LIMITS[capability]}
+    assert not over, f"kernels over {LIMITS[capability]} bytes of shared memory: {over}"
