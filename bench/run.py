@@ -1,6 +1,6 @@
 """Measure whole optimizer steps on a shape set and write one JSON line a row.
 
-    python -m bench run --shapes llama-7b --rank 16 --device cuda --out bench/results/x.jsonl
+    python -m bench run --shapes llama-7b --ranks 16 --device cuda --out bench/results/x.jsonl
 
 Before anything is timed, one step of the very optimizer that is timed is compared with an fp64 run
 from the same parameters and gradients; a row whose parity fails is not timed.
@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def environment() -> dict[str, Any]:
         "commit": git("rev-parse", "--short", "HEAD").strip() or "unknown",
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no").strip()),
         "torch": torch.__version__,
+        "triton": getattr(sys.modules.get("triton"), "__version__", None),
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "threads": torch.get_num_threads(),
@@ -75,15 +77,15 @@ def parity(backend: str, shapes: list[tuple[int, int]], rank: int, device: str) 
 
 
 def measure(
-    backend: str, args: argparse.Namespace, shapes: list[tuple[int, int]]
+    backend: str, rank: int, args: argparse.Namespace, shapes: list[tuple[int, int]]
 ) -> dict[str, Any]:
     """Check and time one optimizer."""
-    row: dict[str, Any] = {"backend": backend, "rank": args.rank, "pairs": len(shapes)}
-    if backend == "reference":
-        row["parity_error"] = parity(backend, sorted(set(shapes)), args.rank, args.device)
+    row: dict[str, Any] = {"backend": backend, "rank": rank, "pairs": len(shapes)}
+    if backend in ("reference", "triton"):
+        row["parity_error"] = parity(backend, sorted(set(shapes)), rank, args.device)
         if not row["parity_error"] <= PARITY_LIMIT:
             return {**row, "error": f"parity {row['parity_error']:.1e} > {PARITY_LIMIT}: not timed"}
-    model = Adapters(shapes, args.rank, args.device)
+    model = Adapters(shapes, rank, args.device)
     opt = make_optimizer(model, backend)
     cuda = args.device == "cuda"
     row["ms"] = timing.step_times(
@@ -103,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench run", description=__doc__)
     parser.add_argument("--shapes", choices=sorted(SHAPE_SETS), default="tiny")
     parser.add_argument("--layers", type=int, help="only this many layers of the set")
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--ranks", default="16", help="comma-separated")
     parser.add_argument("--backends", default="reference,reference-diagonal,adamw")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=10)
@@ -111,9 +113,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
     args = parser.parse_args(argv)
     shapes = SHAPE_SETS[args.shapes].pairs(args.layers)
-    for backend in args.backends.split(","):
+    cases = [(int(r), b) for r in args.ranks.split(",") for b in args.backends.split(",")]
+    for rank, backend in cases:
         row = {"shapes": args.shapes, "device": args.device, "steps": args.steps}
-        row |= measure(backend, args, shapes) | environment()
+        row |= measure(backend, rank, args, shapes) | environment()
         print(json.dumps(row))
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
