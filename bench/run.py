@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 
 import loft_kernels as lk
 from bench import timing
+from bench.baselines import DenseUpdate
 from bench.cases import SHAPE_SETS
 from bench.problem import Adapters
 
@@ -34,7 +36,8 @@ def environment() -> dict[str, Any]:
 
     cuda = torch.cuda.is_available()
     return {
-        "commit": git("rev-parse", "--short", "HEAD").strip() or "unknown",
+        # A copy of the tree without its history can be told which commit it is.
+        "commit": git("rev-parse", "--short", "HEAD").strip() or os.environ.get("LOFT_COMMIT"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no").strip()),
         "torch": torch.__version__,
         "triton": getattr(sys.modules.get("triton"), "__version__", None),
@@ -86,6 +89,13 @@ def measure(
         if not row["parity_error"] <= PARITY_LIMIT:
             return {**row, "error": f"parity {row['parity_error']:.1e} > {PARITY_LIMIT}: not timed"}
     model = Adapters(shapes, rank, args.device)
+    if backend == "dense-compiled":
+        dense = DenseUpdate(model, rank)
+        row["part"] = "update only"
+        row["ms"] = timing.step_times(
+            dense.step, model.new_gradients, steps=args.steps, warmup=max(4, args.warmup), cuda=True
+        )
+        return row
     opt = make_optimizer(model, backend)
     cuda = args.device == "cuda"
     row["ms"] = timing.step_times(

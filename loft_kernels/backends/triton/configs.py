@@ -80,9 +80,9 @@ class MomentTile:
 _MOMENT_TILES = {
     2: MomentTile(128, 4),
     4: MomentTile(64, 4),
-    8: MomentTile(4, 2),
-    16: MomentTile(4, 2),
-    32: MomentTile(1, 2),
+    8: MomentTile(4, 1),
+    16: MomentTile(4, 1),
+    32: MomentTile(1, 1),
     64: MomentTile(1, 4),
     128: MomentTile(1, 8),
 }

@@ -61,7 +61,7 @@ class Decision:
     @property
     def skip(self) -> Tensor:
         """1 if the step is skipped whole, fp32 as torch's fused optimizers take it."""
-        return self.values[tables.SKIP.value : tables.SKIP.value + 1].float()
+        return self.values[tables.SKIP.value].float()
 
     @property
     def coefficient(self) -> Tensor:
