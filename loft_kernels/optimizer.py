@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,100 +15,14 @@ from loft_kernels.adapters import (
     LoRAPair,
     NamedScaling,
     OnUnsupported,
-    Scaling,
     loft_param_groups,
     pairs_from_names,
 )
 from loft_kernels.clipping import check_max_norm, decide
+from loft_kernels.gather import Gathered, PairSlot, Place, check_options, step_options
 from loft_kernels.plain_adamw import adamw_step_, check_plain
 from loft_kernels.plan import Factor, Pair, SecondMoment, StepOptions
 from loft_kernels.state import FORMAT, check_pair, check_state, ready_state
-
-Place = tuple[int, int]
-
-
-@dataclass(slots=True)
-class PairSlot:
-    """Where a pair's factors stand: (group, position), which survives copies and swaps."""
-
-    name: str
-    b: Place
-    a: Place
-    scaling: Scaling
-
-
-class Gathered:
-    """The pairs of the last step, for as long as only gradients, rates and scalings change.
-
-    Checking a hundred pairs anew costs more host time than launching their step.
-
-    Args:
-        optimizer: where they were gathered.
-        pairs: checked pairs with allocated state, one per slot.
-
-    Attributes:
-        pairs: the pairs.
-        backend: what ``backends.choose`` said of them, once asked.
-    """
-
-    def __init__(self, optimizer: LoFTAdamW, pairs: list[Pair]) -> None:
-        """Remember everything that would call for new checks."""
-        self.pairs = pairs
-        self.backend: tuple[str, str] | None = None
-        self._factors = [f for pair in pairs for f in (pair.b, pair.a)]
-        self._params = [f.param for f in self._factors]
-        self._states = [f.state for f in self._factors]
-        self._moments = [f.state.get("exp_avg") for f in self._factors]
-        self._scalings = [slot.scaling for slot in optimizer._slots]
-        self._listed = [p for group in optimizer.param_groups for p in group["params"]]
-        self._mode = (pairs[0].options.second_moment, pairs[0].options.calibrate)
-        self._seen = self._look()
-
-    def _look(self) -> tuple[list[Any], ...]:
-        """List what has to stay the same and compares quickly."""
-        grads = [p.grad for p in self._params]
-        return (
-            [p.data_ptr() for p in self._params],
-            [p.dtype for p in self._params],
-            [p.shape for p in self._params],
-            [p.stride() for p in self._params],
-            [None if g is None else g.shape for g in grads],
-            [None if g is None else g.dtype for g in grads],
-            [None if g is None else g.layout for g in grads],
-        )
-
-    def _same_objects(self, optimizer: LoFTAdamW) -> bool:
-        """Tell whether the optimizer still holds the same tensors and state."""
-        listed = [p for group in optimizer.param_groups for p in group["params"]]
-        state = optimizer.state
-        return (
-            len(listed) == len(self._listed)
-            and all(map(operator.is_, listed, self._listed))
-            and all(
-                (state.get(p) or None) is (s or None)
-                for p, s in zip(self._params, self._states, strict=True)
-            )
-            and all(s.get("exp_avg") is m for s, m in zip(self._states, self._moments, strict=True))
-        )
-
-    def refresh(self, optimizer: LoFTAdamW) -> bool:
-        """Take over this step's gradients, rates and scalings; False if more has changed."""
-        if not self._same_objects(optimizer) or self._look() != self._seen:
-            return False
-        groups = optimizer.param_groups
-        options = [_step_options(group) for group in groups]
-        rates = [group["lr"] for group in groups]
-        for factor in self._factors:
-            factor.grad = factor.param.grad
-            factor.lr = rates[factor.group]
-        for pair, scaling in zip(self.pairs, self._scalings, strict=True):
-            pair.scaling = scaling.read()
-            own = options[pair.b.group]
-            if pair.a.group != pair.b.group and options[pair.a.group] != own:
-                return False
-            pair.options = own
-        used = {pair.b.group for pair in self.pairs}
-        return all((options[g].second_moment, options[g].calibrate) == self._mode for g in used)
 
 
 class LoFTAdamW(Optimizer):
@@ -226,7 +138,7 @@ class LoFTAdamW(Optimizer):
         param_group = dict(param_group)
         found: list[LoRAPair] | None = param_group.pop("lora_pairs", None)
         scaling: NamedScaling = param_group.pop("scaling", None)
-        _check_options({**self.defaults, **param_group})
+        check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         self._sizes.append(len(group["params"]))
@@ -271,6 +183,8 @@ class LoFTAdamW(Optimizer):
         if not pairs and not members:
             return loss
         backend, reason = self._choose_backend(pairs)
+        if backend == "triton" and any(p.device != pairs[0].b.param.device for p in members):
+            backend, reason = "reference", "parameters are on several devices"
         if reason and not self._warned_fallback:
             self._warned_fallback = True
             warnings.warn(
@@ -407,7 +321,7 @@ class LoFTAdamW(Optimizer):
 
     def _shared_options(self, slot: PairSlot) -> StepOptions:
         """Read the options of a pair, which both factors' groups must agree on."""
-        b, a = (_step_options(self.param_groups[g]) for g, _ in (slot.b, slot.a))
+        b, a = (step_options(self.param_groups[g]) for g, _ in (slot.b, slot.a))
         if b != a:
             raise ValueError(
                 f"the factors of {slot.name} are in groups with different options ({b} and {a}): "
@@ -542,46 +456,3 @@ def create_loft_optimizer(model: nn.Module, *, lr: float | Tensor, **options: An
     if not isinstance(model, nn.Module):
         raise TypeError(f"create_loft_optimizer needs a module, got {type(model).__name__}")
     return LoFTAdamW(model, lr, **options)
-
-
-def _step_options(group: Mapping[str, Any]) -> StepOptions:
-    """Read the options of one group."""
-    beta1, beta2 = group["betas"]
-    return StepOptions(
-        float(beta1),
-        float(beta2),
-        group["eps"],
-        group["weight_decay"],
-        group["maximize"],
-        group["damping"],
-        group["alternate"],
-        group["calibrate"],
-        group["second_moment"],
-    )
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    """Refuse invalid hyper-parameters, in torch's words."""
-    lr = options["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        lr = float(lr)
-    if not lr >= 0.0:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    for name, label in (
-        ("eps", "epsilon"),
-        ("weight_decay", "weight_decay"),
-        ("damping", "damping"),
-    ):
-        if not options[name] >= 0.0:
-            raise ValueError(f"Invalid {label} value: {options[name]}")
-    if len(options["betas"]) != 2:
-        raise ValueError(f"Invalid betas: {options['betas']}: they must be two numbers")
-    for index, beta in enumerate(options["betas"]):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-    if options["second_moment"] not in ("full", "diagonal"):
-        raise ValueError(
-            f"Invalid second_moment: {options['second_moment']!r}: known are 'full', 'diagonal'"
-        )
