@@ -405,8 +405,9 @@ def _overlapping(pairs: list[LoRAPair]) -> dict[str, tuple[str, str]]:
 def _scaling_of(module: nn.Module, adapter: str) -> float:
     """Read a layer's scaling: a number, or a dict of adapters; 1 where there is none."""
     scaling = getattr(module, "scaling", 1.0)
-    # dict first: it is the common case, and asking for Mapping is slow at every step.
-    if isinstance(scaling, dict) or isinstance(scaling, Mapping):  # noqa: SIM101
+    if isinstance(scaling, float | int):
+        return float(scaling)
+    if isinstance(scaling, Mapping):
         scaling = scaling.get(adapter, 1.0)
     return float(scaling.item() if isinstance(scaling, torch.Tensor) else scaling)
 
