@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import datasets
 import peft
 import torch
 import transformers
@@ -93,7 +92,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
 
 def record(runs: Sequence[Run], settings: Mapping[str, object]) -> dict[str, object]:
     """Collect every number of every run, and what it takes to repeat them."""
-    modules = (loft_kernels, torch, transformers, peft, datasets)
+    modules = (loft_kernels, torch, transformers, peft)
     on_gpu = settings["device"] == "cuda"
     return {
         "settings": dict(settings),
