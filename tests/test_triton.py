@@ -276,6 +276,24 @@ def test_bad_gradient_skips_the_whole_step_on_the_device(bad):
             assert torch.equal(value, before[1][index][key]), (index, key)
 
 
+def test_alternation_may_be_turned_off_and_on_between_steps():
+    case = Case("turning", shapes=((33, 20), (20, 45)), ranks=(4,))
+    module, opt = build(case, "default")
+    plan = LaunchPlan(torch.device(DEVICE))
+    reference_history(module, opt, case)
+    for step, alternate in enumerate((True, False, True)):
+        opt.param_groups[0]["alternate"] = alternate
+        set_gradients(module, case, HISTORY + step)
+        exact, exact_opt = twin_of(module, opt, case, torch.float64)
+        exact_opt.param_groups[0]["alternate"] = alternate
+        before = [p.detach().double().clone() for p in module.parameters()]
+        kernel_step(opt, plan)
+        exact_opt.step()
+        for p, q, x in zip(module.parameters(), exact.parameters(), before, strict=True):
+            # At lr 1e-2 rounding X - lr * update to fp32 is a visible part of the error.
+            assert displacement_error(p.detach(), q.detach(), x) <= 2 * DEFAULT_LIMIT
+
+
 def test_two_runs_are_bitwise_equal():
     ends = []
     for _ in range(2):

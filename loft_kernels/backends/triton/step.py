@@ -119,6 +119,7 @@ class LaunchPlan:
         cuda = device.type == "cuda"
         self.capability = torch.cuda.get_device_capability(device)[0] if cuda else 0
         self._pairs: Sequence[Pair] | None = None
+        self._turns: list[bool] = []
         self._buckets: dict[tuple, list[Pair]] = {}
         self._tables: dict[tuple, tuple[tuple, Tensor, Tensor]] = {}
         self._layouts: dict[tuple, tuple[tuple, Layout]] = {}
@@ -142,9 +143,11 @@ class LaunchPlan:
             max_norm: largest norm of all projected gradients, or None.
             exact: no product of reduced precision.
         """
-        known = pairs is self._pairs
+        # Turning alternation on or off changes which sides may share the workspace.
+        turns = [pair.options.alternate for pair in pairs]
+        known = pairs is self._pairs and turns == self._turns
         if not known:
-            self._pairs, self._buckets = pairs, _buckets(pairs)
+            self._pairs, self._turns, self._buckets = pairs, turns, _buckets(pairs)
         numbers = torch.zeros(
             (2 * len(pairs), tables.NUMBERS.value), dtype=torch.float64, device=self.device
         )
@@ -217,9 +220,12 @@ class LaunchPlan:
         """Return the tiles and workspace of a bucket, built anew when its pairs change."""
         if known and key in self._layouts:
             return self._layouts[key][1]
-        signature = tuple(
-            (*p.b.param.shape, *p.a.param.shape, p.b.grad is None, p.a.grad is None)
-            for p in members
+        signature = (
+            alternate,
+            *(
+                (*p.b.param.shape, *p.a.param.shape, p.b.grad is None, p.a.grad is None)
+                for p in members
+            ),
         )
         cached = self._layouts.get(key)
         if cached is None or cached[0] != signature:
