@@ -38,7 +38,10 @@ def environment() -> dict[str, Any]:
     return {
         # A copy of the tree without its history can be told which commit it is.
         "commit": git("rev-parse", "--short", "HEAD").strip() or os.environ.get("LOFT_COMMIT"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no").strip()),
+        # None where there is no history to compare with.
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no").strip())
+        if git("rev-parse", "HEAD")
+        else None,
         "torch": torch.__version__,
         "triton": getattr(sys.modules.get("triton"), "__version__", None),
         "cuda": torch.version.cuda,

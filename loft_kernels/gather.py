@@ -82,6 +82,11 @@ class Gathered:
             and all(s.get("exp_avg") is m for s, m in zip(self._states, self._moments, strict=True))
         )
 
+    def release_gradients(self) -> None:
+        """Let go of this step's gradients, which zero_grad() is to free."""
+        for factor in self._factors:
+            factor.grad = None
+
     def refresh(self, optimizer: LoFTAdamW) -> bool:
         """Take over this step's gradients, rates and scalings; False if more has changed."""
         if not self._same_objects(optimizer) or self._look() != self._seen:

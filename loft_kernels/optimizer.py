@@ -192,6 +192,8 @@ class LoFTAdamW(Optimizer):
             )
         take = self._step_triton if backend == "triton" else self._step_reference
         take(pairs, plain, members)
+        if self._gathered is not None:
+            self._gathered.release_gradients()
         return loss
 
     def _choose_backend(self, pairs: list[Pair]) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -375,3 +376,15 @@ def test_half_precision_factors_follow_the_fp32_run_from_the_same_inputs(dtype, 
                 # Rounding of a master, a wide factor and their difference; decay acts on both.
                 slack = 4 * scale + 1e-2 * 0.1 * float((master - start).abs().max())
                 assert float(moved.abs().max()) <= slack, f"master at step {k}"
+
+
+def test_gradients_are_not_kept_alive_between_steps():
+    net = Net()
+    opt = lk.LoFTAdamW(net, lr=1e-2)
+    for _ in range(2):
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        kept = [weakref.ref(p.grad) for p in net.parameters()]
+        opt.step()
+        opt.zero_grad()
+        assert [ref() for ref in kept] == [None] * len(kept)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAX_RANK = 128
+# The largest rank that has run on a GPU.
+MAX_RANK = 64
 
 # The workspace of a side is padded to a multiple of every block_m and block_n below.
 PADDED_ROWS = 128
@@ -33,7 +34,6 @@ _UPDATE_TILES = {
     (9, 16): UpdateTile(64, 64, 4, 3),
     (9, 32): UpdateTile(64, 128, 4, 4),
     (9, 64): UpdateTile(128, 128, 8, 4),
-    (9, 128): UpdateTile(128, 64, 8, 3),
 }
 _FALLBACK = UpdateTile(64, 64, 4, 2)
 
@@ -84,7 +84,6 @@ _MOMENT_TILES = {
     16: MomentTile(4, 1),
     32: MomentTile(1, 1),
     64: MomentTile(1, 4),
-    128: MomentTile(1, 8),
 }
 
 

@@ -62,7 +62,6 @@ WEIGHT_DECAY = tl.constexpr(5)
 MAX_NORM = tl.constexpr(6)  # infinite for no clipping
 SIGN = tl.constexpr(7)  # -1 to maximise
 DAMPING = tl.constexpr(8)
-HYPERS = tl.constexpr(9)
 
 
 def address_rows(
