@@ -37,20 +37,16 @@ _UPDATE_TILES = {
 }
 _FALLBACK = UpdateTile(64, 64, 4, 2)
 
+# Of `update_hopper`: registers leave room for four or three programs on a multiprocessor.
+_HOPPER_TILES = {
+    8: UpdateTile(64, 64, 4, 3, 128),
+    16: UpdateTile(64, 64, 4, 3, 168),
+}
+
 
 def padded_rank(rank: int) -> int:
     """Return the power of two, at least 16, that a contraction over the rank is padded to."""
     return max(16, 1 << (rank - 1).bit_length())
-
-
-def block_width(rank: int) -> int:
-    """Return the width of the blocks of Q whose outer products are contracted."""
-    return 4 if rank <= 4 else 8
-
-
-def blocks(rank: int) -> int:
-    """Return how many such blocks a rank has."""
-    return -(-rank // block_width(rank))
 
 
 def resident(rank: int) -> bool:
@@ -62,6 +58,11 @@ def update_tile(capability: int, rank: int) -> UpdateTile:
     """Return the tile of the hot loop for a compute capability (its major number) and rank."""
     width = max(8, 1 << (rank - 1).bit_length())
     return _UPDATE_TILES.get((capability, width), _FALLBACK)
+
+
+def hopper_tile(rank: int) -> UpdateTile:
+    """Return the tile of `update_hopper` for a rank up to 16."""
+    return _HOPPER_TILES[8 if rank <= 8 else 16]
 
 
 def moment_width(rank: int) -> int:
