@@ -51,6 +51,7 @@ class Side:
         g: scaled gradient in that basis, ``rows x r`` fp64.
         remembered: what the state keeps of the partner: Q, or L without calibration.
         host: numbers that the host decides on.
+        early: both moments in fp64 after one of the side's first two steps, else None.
     """
 
     factor: Factor
@@ -58,6 +59,7 @@ class Side:
     g: Tensor
     remembered: Tensor
     host: HostNumbers = field(default_factory=HostNumbers)
+    early: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(slots=True)
@@ -123,6 +125,7 @@ def apply_(prepared: PreparedPair, coefficient: float) -> None:
         _advance_moments_(side, prepared.pair, coefficient)
         if moving:
             _move_factor_(side, prepared.pair)
+        side.early = None  # of use now only, and larger than g
 
 
 def _side(pair: Pair, factor: Factor, basis: ref.Basis) -> Side:
@@ -159,6 +162,15 @@ def _advance_moments_(side: Side, pair: Pair, coefficient: float) -> None:
     if not host.unchanged:
         find = ref.transition if options.calibrate else ref.transition_uncalibrated
         change = find(memory, side.remembered)
+    if options.second_moment == "full" and host.step < 2:
+        side.early = ref.early_moments(
+            state["exp_avg"],
+            scaled,
+            change,
+            guard=host.guard,
+            beta1=options.beta1,
+            beta2=options.beta2,
+        )
     ref.update_first_moment_(state["exp_avg"], g, change, options.beta1)
     if options.second_moment == "full":
         ref.update_second_moment_(state["second_moment"], g, change, options.beta2)
@@ -177,10 +189,11 @@ def _move_factor_(side: Side, pair: Pair) -> None:
     bias1 = ref.bias_correction(options.beta1, side.host.step)
     bias2 = ref.bias_correction(options.beta2, side.host.step)
     if options.second_moment == "full":
+        exp_avg, second_moment = side.early or (state["exp_avg"], state["second_moment"])
         projected = ref.virtual_adam_projection(
-            state["exp_avg"],
-            state["second_moment"],
-            side.basis.q.to(state["exp_avg"].dtype),
+            exp_avg,
+            second_moment,
+            side.basis.q.to(exp_avg.dtype),
             bias_correction1=bias1,
             bias_correction2=bias2,
             eps=options.eps,

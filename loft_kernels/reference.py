@@ -275,6 +275,41 @@ def update_guard(guard: float, beta1: float, beta2: float) -> float:
     return fresh + (guard * beta1**2 / beta2 if beta2 else math.inf)
 
 
+def early_moments(
+    exp_avg: Tensor,
+    g: Tensor,
+    change: Tensor | None,
+    *,
+    guard: float,
+    beta1: float,
+    beta2: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute both moments after a factor's first or second step without reading P back.
+
+    P is of rank one (two) there, and rounding it to fp32 ruins every small ``v = Q_j P_i Q_j^T``.
+    One gradient makes the bound of :func:`update_guard` an equality, ``P = m^T m / guard``, hence
+    ``P <- b2 (m C)^T (m C) / guard + (1 - b2) g^T g`` from m, which is stored well enough.
+
+    Args:
+        exp_avg: m before this step, ``rows x r``; not changed.
+        g: scaled gradient, ``rows x r`` fp64.
+        change: C, ``r x r``; None where the partner has not changed.
+        guard: bound after the last step; 0 before the first.
+        beta1: decay rate of the first moment.
+        beta2: decay rate of the second moment.
+
+    Returns:
+        In fp64, m after this step and the roots R of P, ``1 or 2 x rows x r``:
+        ``P_i = sum_k R_ki^T R_ki``.
+    """
+    root = math.sqrt(1 - beta2) * g
+    if guard == 0:
+        return (1 - beta1) * g, root[None]
+    carried = exp_avg.double() if change is None else exp_avg.double() @ change
+    roots = torch.stack([math.sqrt(beta2 / guard) * carried, root])
+    return beta1 * carried + (1 - beta1) * g, roots
+
+
 def khatri_rao_square(q: Tensor) -> Tensor:
     """Expand rows of Q so that ``Q_j P Q_j^T`` is a dot product with the packed P.
 
@@ -305,7 +340,8 @@ def virtual_adam_projection(
 
     Args:
         exp_avg: m, ``rows x r``, after this step's update.
-        second_moment: packed P, ``rows x r(r+1)/2``, after this step's update.
+        second_moment: packed P, ``rows x r(r+1)/2``, after this step's update; or its roots
+            R, ``k x rows x r`` (:func:`early_moments`), whose v is a sum of squares.
         q: the partner's basis, ``partner_rows x r``, dtype of ``exp_avg``.
         bias_correction1: ``1 - b1^t``.
         bias_correction2: ``1 - b2^t``.
@@ -321,11 +357,14 @@ def virtual_adam_projection(
     columns = max(1, min(q.shape[0], math.isqrt(tile)))
     rows = max(1, tile // columns)
     for q_tile in q.split(columns):
-        products = khatri_rao_square(q_tile)
+        products = khatri_rao_square(q_tile) if second_moment.dim() == 2 else None
         for start in range(0, exp_avg.shape[0], rows):
             block = slice(start, start + rows)
             m = (exp_avg[block] / bias_correction1) @ q_tile.T
-            v = (second_moment[block] / bias_correction2) @ products.T
+            if products is None:
+                v = (second_moment[:, block] @ q_tile.T).square_().sum(0).div_(bias_correction2)
+            else:
+                v = (second_moment[block] / bias_correction2) @ products.T
             v = torch.maximum(v, m.square().div_(bound), out=v)
             step = _divide(m, v.sqrt_().add_(eps))
             projected[block].addmm_(step, q_tile)
