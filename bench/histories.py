@@ -90,29 +90,32 @@ def partner_twice(
     return before @ gauge, now @ gauge
 
 
+def gradients(history: History, rows: int, rank: int, rng: torch.Generator) -> Tensor:
+    """Draw all gradients of some rows in a fixed basis, ``rows x steps x r`` fp64."""
+    t = torch.arange(1, history.steps + 1, dtype=torch.float64, device=rng.device)
+    one, two = (x[:, None] for x in HISTORIES[history.kind](t, history.steps))
+    mean = normal(rng, 2, rows, 1, rank)
+    # The noise of a gradient belongs to its size: a shock is a gradient like the others.
+    noise = history.noise * torch.maximum(one.abs(), two.abs())
+    return one * mean[0] + two * mean[1] + noise * normal(rng, rows, history.steps, rank)
+
+
+def moments_before_last(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum gradients, ``rows x steps x r``, up to m and packed P before the last of them."""
+    past = g[:, :-1]
+    age = torch.arange(past.shape[1] - 1, -1, -1, dtype=g.dtype, device=g.device)
+    first, second = ((1 - beta) * beta**age for beta in BETAS)
+    return first @ past, ref.pack_symmetric((past * second[:, None]).mT @ past)
+
+
 def moments(
     history: History, rows: int, rank: int, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw gradients in a fixed basis; return m and packed P before the last of them, and it.
-
-    Returns:
-        m, ``rows x r``, P, ``rows x r(r+1)/2``, and the next gradient, ``rows x r``; fp64.
-    """
-    last = history.steps
-    t = torch.arange(1, last + 1, dtype=torch.float64, device=rng.device)
-    one, two = HISTORIES[history.kind](t, last)
-    age = last - 1 - t[:-1]
-    weight1, weight2 = ((1 - beta) * beta**age for beta in BETAS)
+    """Draw a history; return m and packed P before its last gradient, and that; fp64."""
     parts = []
-    for size in _chunks(rows, last * rank):
-        mean = normal(rng, 2, size, 1, rank)
-        g = one[:, None] * mean[0] + two[:, None] * mean[1]
-        # The noise of a gradient belongs to its size: a shock is a gradient like the others.
-        scale = torch.maximum(one.abs(), two.abs())[:, None]
-        g += history.noise * scale * normal(rng, size, last, rank)
-        past = g[:, :-1]
-        second = (past * weight2[:, None]).mT @ past
-        parts.append((weight1 @ past, ref.pack_symmetric(second), g[:, -1]))
+    for size in _chunks(rows, history.steps * rank):
+        g = gradients(history, size, rank, rng)
+        parts.append((*moments_before_last(g), g[:, -1].clone()))
     m, p, fresh = (torch.cat(column) for column in zip(*parts, strict=True))
     return m, p, fresh
 
