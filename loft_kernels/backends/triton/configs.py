@@ -64,29 +64,36 @@ def update_tile(capability: int, rank: int) -> UpdateTile:
     return _UPDATE_TILES.get((capability, width), _FALLBACK)
 
 
-def moment_width(rank: int) -> int:
-    """Return the width of a row's tile in `moments`, which needs no matrix product below 16."""
-    return max(2, 1 << (rank - 1).bit_length())
-
-
 @dataclass(frozen=True, slots=True)
 class MomentTile:
-    """Tile of `moments`: rows and warps of a program."""
+    """Tile of `moments`.
+
+    Attributes:
+        rows: rows of a program.
+        group: rows of P at a time where the partner has changed; a power of two up to `rows`.
+        idle: rows of P at a time where it has not; a power of two up to `rows`.
+        columns: entries of a packed row at a time; up to rank 8 the whole row.
+        warps: warps of a program.
+        registers: limit per thread.
+    """
 
     rows: int
+    group: int
+    idle: int
+    columns: int
     warps: int
+    registers: int | None = None
 
 
 _MOMENT_TILES = {
-    2: MomentTile(128, 4),
-    4: MomentTile(64, 4),
-    8: MomentTile(4, 1),
-    16: MomentTile(4, 1),
-    32: MomentTile(1, 1),
-    64: MomentTile(1, 4),
+    4: MomentTile(128, 64, 64, 16, 4),
+    8: MomentTile(64, 64, 32, 64, 4),
+    16: MomentTile(64, 8, 16, 256, 4),
+    32: MomentTile(64, 4, 16, 256, 4),
+    64: MomentTile(32, 1, 16, 256, 4),
 }
 
 
 def moment_tile(rank: int) -> MomentTile:
     """Return the tile of `moments` for a rank."""
-    return _MOMENT_TILES[moment_width(rank)]
+    return _MOMENT_TILES[max(4, 1 << (rank - 1).bit_length())]

@@ -397,6 +397,7 @@ class _BucketLaunch:
 
     def write(self, decision: Tensor) -> None:
         """Advance the moments and move the factors."""
+        tile = configs.moment_tile(self.rank)
         _moments_kernel[(len(self.layout.moment_tiles),)](
             table_ptr=self.table,
             tiles_ptr=self.layout.moment_tiles,
@@ -405,13 +406,16 @@ class _BucketLaunch:
             inverse_ptr=self.inverse,
             change_ptr=self.change,
             changed_ptr=self.changed,
-            rank=self.rank,
-            BLOCK_M=configs.moment_tile(self.rank).rows,
-            R=configs.moment_width(self.rank),
-            WIDTH=self.width,
+            RANK=self.rank,
+            R=self.width,
+            BLOCK_M=tile.rows,
+            GROUP=tile.group,
+            IDLE=tile.idle,
+            COLUMNS_P=tile.columns,
             GRAD_DTYPE=_DTYPES[self.grad_dtype],
-            PRECISION="ieee" if self.exact else "tf32x3",
-            num_warps=configs.moment_tile(self.rank).warps,
+            EXACT=self.exact,
+            num_warps=tile.warps,
+            maxnreg=tile.registers if self.device.type == "cuda" else None,
         )
         for part in self.layout.parts:
             self._move(part, decision)
