@@ -87,6 +87,7 @@ def main(capability: int, rank: int) -> None:
     compile_kernel(_operands_kernel, capability, common, 4, 3)
     rows = common | {
         "RANK": rank,
+        "CHUNK": moments.chunk,
         "BLOCK_M": moments.rows,
         "GROUP": moments.group,
         "IDLE": moments.idle,

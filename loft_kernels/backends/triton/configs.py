@@ -69,7 +69,8 @@ class MomentTile:
     """Tile of `moments`.
 
     Attributes:
-        rows: rows of a program.
+        chunk: rows of a program.
+        rows: rows of g and m at a time.
         group: rows of P at a time where the partner has changed; a power of two up to `rows`.
         idle: rows of P at a time where it has not; a power of two up to `rows`.
         columns: entries of a packed row at a time; up to rank 8 the whole row.
@@ -77,6 +78,7 @@ class MomentTile:
         registers: limit per thread.
     """
 
+    chunk: int
     rows: int
     group: int
     idle: int
@@ -86,11 +88,11 @@ class MomentTile:
 
 
 _MOMENT_TILES = {
-    4: MomentTile(128, 64, 64, 16, 4),
-    8: MomentTile(64, 64, 32, 64, 4),
-    16: MomentTile(64, 8, 16, 256, 4),
-    32: MomentTile(64, 4, 16, 256, 4),
-    64: MomentTile(32, 1, 16, 256, 4),
+    4: MomentTile(512, 64, 64, 64, 16, 4, 128),
+    8: MomentTile(512, 64, 16, 16, 64, 4),
+    16: MomentTile(256, 64, 8, 16, 128, 4, 128),
+    32: MomentTile(64, 64, 4, 16, 256, 4),
+    64: MomentTile(16, 16, 1, 16, 256, 4),
 }
 
 

@@ -147,8 +147,9 @@ def _carried_rows(
 
 
 @triton.jit
-def _packed_change(c_ptr, i, j, RANK: tl.constexpr, R: tl.constexpr):
+def _packed_change(c_ptr, RANK: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
     """Form the matrix that carries a packed row: P_ij goes by C_iu C_jv, and P_ji by C_ju C_iv."""
+    i, j = _unpacked_index(tl.arange(0, K), RANK, K)
     live = (i < RANK) & (j < RANK)
     mask = live[:, None] & live[None, :]
     i, j, u, v = i[:, None] * R, j[:, None] * R, i[None, :], j[None, :]
@@ -187,11 +188,10 @@ def _packed_rows(
     p_ptr,
     g_ptr,
     rows,
-    c_ptr,
+    change,
     beta2,
     fresh2,
     RANK: tl.constexpr,
-    R: tl.constexpr,
     GROUP: tl.constexpr,
     COLUMNS_P: tl.constexpr,
     CARRY: tl.constexpr,
@@ -202,9 +202,6 @@ def _packed_rows(
     for first in range(0, PACKED, COLUMNS_P):
         o_k = first + tl.arange(0, COLUMNS_P)
         i, j = _unpacked_index(o_k, RANK, COLUMNS_P)
-        change = 0.0
-        if CARRY:
-            change = _packed_change(c_ptr, i, j, RANK, R)
         mask = (o_k < PACKED)[None, :]
         # Rows are constants away from three pointers a column, and only the last rows are masked.
         p_row, i_row, j_row = p_ptr + o_k[None, :], g_ptr + i[None, :], g_ptr + j[None, :]
@@ -223,6 +220,79 @@ def _packed_rows(
 
 
 @triton.jit
+def _advance_rows(
+    row_ptr,
+    start,
+    hyper_ptr,
+    coefficient,
+    inverse_ptr,
+    c_ptr,
+    RANK: tl.constexpr,
+    R: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    GROUP: tl.constexpr,
+    COLUMNS_P: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    CARRY: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Advance m and P of up to CHUNK rows of a side, and carry them over if asked."""
+    rows = tl.load(row_ptr + ROWS)
+    grad = tl.load(row_ptr + GRAD)
+    grad_row, grad_col = tl.load(row_ptr + GRAD_STRIDE_ROW), tl.load(row_ptr + GRAD_STRIDE_COL)
+    m_ptr = tl.load(row_ptr + EXP_AVG).to(tl.pointer_type(tl.float32)) + start * RANK
+    p_ptr = tl.load(row_ptr + SECOND_MOMENT).to(tl.pointer_type(tl.float32))
+    p_ptr += start * ((RANK * (RANK + 1)) // 2)
+    beta1, beta2 = tl.load(hyper_ptr + BETA1), tl.load(hyper_ptr + BETA2)
+    fresh1, fresh2 = 1.0 - beta1, (1.0 - beta2).to(tl.float32)
+    beta2 = beta2.to(tl.float32)
+
+    # Inside a tile addresses are 32-bit offsets from its first row.
+    o_r, o_local = tl.arange(0, R), tl.arange(0, BLOCK_M)
+    o_m = o_local[:, None] * RANK + o_r[None, :]
+    packed_change = 0.0
+    if CARRY and RANK <= 8:
+        packed_change = _packed_change(c_ptr, RANK, R, COLUMNS_P)
+    for first in range(start, tl.minimum(start + CHUNK, rows), BLOCK_M):
+        live = tl.minimum(rows - first, BLOCK_M).to(tl.int32)
+        g = load_rows(grad, grad_row, grad_col, first + o_local, rows, RANK, R, GRAD_DTYPE)
+        # Loaded again for every block: cheaper than the registers that would hold it.
+        inverse_t = tl.load(inverse_ptr + o_r[None, :] * R + o_r[:, None]) * coefficient
+        g = tl.dot(wide(g, R), inverse_t, out_dtype=tl.float64)
+        m_row = (o_local[:, None] < live) & (o_r[None, :] < RANK)
+        m = tl.load(m_ptr + o_m, mask=m_row, other=0.0).to(tl.float64)
+        if CARRY:
+            c = tl.load(c_ptr + o_r[:, None] * R + o_r[None, :]).to(tl.float64)
+            m = tl.dot(m, c, out_dtype=tl.float64)
+        m = (beta1 * m + fresh1 * g).to(tl.float32)
+
+        tl.debug_barrier()
+        tl.store(m_ptr + o_m, g.to(tl.float32), mask=m_row)
+        tl.debug_barrier()
+        if CARRY and RANK > 8:
+            _carried_rows(p_ptr, m_ptr, live, c_ptr, beta2, fresh2, RANK, R, GROUP, EXACT)
+        else:
+            _packed_rows(
+                p_ptr,
+                m_ptr,
+                live,
+                packed_change,
+                beta2,
+                fresh2,
+                RANK,
+                GROUP,
+                COLUMNS_P,
+                CARRY,
+                EXACT,
+            )
+        tl.debug_barrier()
+        tl.store(m_ptr + o_m, m, mask=m_row)
+        m_ptr += BLOCK_M * RANK
+        p_ptr += BLOCK_M * ((RANK * (RANK + 1)) // 2)
+
+
+@triton.jit
 def _moments_kernel(
     table_ptr,
     tiles_ptr,
@@ -233,6 +303,7 @@ def _moments_kernel(
     changed_ptr,
     RANK: tl.constexpr,
     R: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     GROUP: tl.constexpr,
     IDLE: tl.constexpr,
@@ -244,56 +315,44 @@ def _moments_kernel(
     side = tl.load(tiles_ptr + 2 * i_tile).to(tl.int64)
     start = tl.load(tiles_ptr + 2 * i_tile + 1).to(tl.int64)
     row_ptr = table_ptr + side * COLUMNS
-    grad = tl.load(row_ptr + GRAD)
-    if (grad != 0) & (tl.load(decision_ptr + SKIP) == 0):
-        rows = tl.load(row_ptr + ROWS)
-        grad_row, grad_col = (
-            tl.load(row_ptr + GRAD_STRIDE_ROW),
-            tl.load(row_ptr + GRAD_STRIDE_COL),
-        )
-        beta1, beta2 = tl.load(hyper_ptr + BETA1), tl.load(hyper_ptr + BETA2)
-        fresh2 = (1.0 - beta2).to(tl.float32)
-        beta2 = beta2.to(tl.float32)
+    if (tl.load(row_ptr + GRAD) != 0) & (tl.load(decision_ptr + SKIP) == 0):
         scaling = tl.load(row_ptr + SCALING).to(tl.float64, bitcast=True)
         coefficient = tl.load(decision_ptr + COEFFICIENT) * tl.load(hyper_ptr + SIGN) / scaling
-        moving = tl.load(changed_ptr + side) != 0
+        inverse_ptr += (side ^ 1) * R * R
         c_ptr = change_ptr + side * R * R
-
-        o_r = tl.arange(0, R)
-        o_row = start + tl.arange(0, BLOCK_M)
-        g = load_rows(grad, grad_row, grad_col, o_row, rows, RANK, R, GRAD_DTYPE)
-        inverse_t = tl.load(
-            inverse_ptr + (side ^ 1) * R * R + o_r[None, :] * R + o_r[:, None]
-        )
-        g = tl.dot(wide(g, R), inverse_t * coefficient, out_dtype=tl.float64)
-
-        # Inside a tile addresses are 32-bit offsets from its first row.
-        o_local = tl.arange(0, BLOCK_M)
-        live = tl.minimum(rows - start, BLOCK_M).to(tl.int32)
-        m_row = (o_local[:, None] < live) & (o_r[None, :] < RANK)
-        m_ptr = tl.load(row_ptr + EXP_AVG).to(tl.pointer_type(tl.float32)) + start * RANK
-        o_m = o_local[:, None] * RANK + o_r[None, :]
-        m = tl.load(m_ptr + o_m, mask=m_row, other=0.0).to(tl.float64)
-        if moving:
-            c = tl.load(c_ptr + o_r[:, None] * R + o_r[None, :]).to(tl.float64)
-            m = tl.dot(m, c, out_dtype=tl.float64)
-        m = (beta1 * m + (1.0 - beta1) * g).to(tl.float32)
-
-        tl.debug_barrier()
-        tl.store(m_ptr + o_m, g.to(tl.float32), mask=m_row)
-        tl.debug_barrier()
-        p_ptr = tl.load(row_ptr + SECOND_MOMENT).to(tl.pointer_type(tl.float32))
-        p_ptr += start * ((RANK * (RANK + 1)) // 2)
-        if moving:
-            if RANK > 8:
-                _carried_rows(p_ptr, m_ptr, live, c_ptr, beta2, fresh2, RANK, R, GROUP, EXACT)
-            else:
-                _packed_rows(
-                    p_ptr, m_ptr, live, c_ptr, beta2, fresh2, RANK, R, GROUP, COLUMNS_P, True, EXACT
-                )
-        else:
-            _packed_rows(
-                p_ptr, m_ptr, live, c_ptr, beta2, fresh2, RANK, R, IDLE, COLUMNS_P, False, EXACT
+        if tl.load(changed_ptr + side) != 0:
+            _advance_rows(
+                row_ptr,
+                start,
+                hyper_ptr,
+                coefficient,
+                inverse_ptr,
+                c_ptr,
+                RANK,
+                R,
+                CHUNK,
+                BLOCK_M,
+                GROUP,
+                COLUMNS_P,
+                GRAD_DTYPE,
+                True,
+                EXACT,
             )
-        tl.debug_barrier()
-        tl.store(m_ptr + o_m, m, mask=m_row)
+        else:
+            _advance_rows(
+                row_ptr,
+                start,
+                hyper_ptr,
+                coefficient,
+                inverse_ptr,
+                c_ptr,
+                RANK,
+                R,
+                CHUNK,
+                BLOCK_M,
+                IDLE,
+                COLUMNS_P,
+                GRAD_DTYPE,
+                False,
+                EXACT,
+            )

@@ -265,7 +265,7 @@ class LaunchPlan:
             )
         return Layout(
             tables.row_tiles(members, configs.CHUNK_ROWS).to(self.device),
-            tables.row_tiles(members, configs.moment_tile(rank).rows).to(self.device),
+            tables.row_tiles(members, configs.moment_tile(rank).chunk).to(self.device),
             places,
             parts,
             tile,
@@ -408,6 +408,7 @@ class _BucketLaunch:
             changed_ptr=self.changed,
             RANK=self.rank,
             R=self.width,
+            CHUNK=tile.chunk,
             BLOCK_M=tile.rows,
             GROUP=tile.group,
             IDLE=tile.idle,
