@@ -24,7 +24,7 @@ from loft_kernels.backends.triton.basis import _basis_kernel
 from loft_kernels.backends.triton.gram import _gram_kernel
 from loft_kernels.backends.triton.moments import _moments_kernel
 from loft_kernels.backends.triton.operands import _operands_kernel
-from loft_kernels.backends.triton.packing import pair_table, packing
+from loft_kernels.backends.triton.packing import packing, pair_table
 from loft_kernels.backends.triton.solve import _solve_kernel
 from loft_kernels.backends.triton.update import _update_kernel
 from loft_kernels.backends.triton.update_hopper import _update_hopper_kernel, hopper_descriptor
@@ -277,7 +277,7 @@ class LaunchPlan:
             )
         return Layout(
             tables.row_tiles(members, configs.CHUNK_ROWS).to(self.device),
-            tables.row_tiles(members, configs.moment_tile(rank).rows).to(self.device),
+            tables.row_tiles(members, configs.moment_tile(rank).chunk).to(self.device),
             places,
             parts,
             tile,
@@ -412,6 +412,7 @@ class _BucketLaunch:
 
     def write(self, decision: Tensor) -> None:
         """Advance the moments and move the factors."""
+        tile = configs.moment_tile(self.rank)
         _moments_kernel[(len(self.layout.moment_tiles),)](
             table_ptr=self.table,
             tiles_ptr=self.layout.moment_tiles,
@@ -420,13 +421,17 @@ class _BucketLaunch:
             inverse_ptr=self.inverse,
             change_ptr=self.change,
             changed_ptr=self.changed,
-            rank=self.rank,
-            BLOCK_M=configs.moment_tile(self.rank).rows,
-            R=configs.moment_width(self.rank),
-            WIDTH=self.width,
+            RANK=self.rank,
+            R=self.width,
+            CHUNK=tile.chunk,
+            BLOCK_M=tile.rows,
+            GROUP=tile.group,
+            IDLE=tile.idle,
+            COLUMNS_P=tile.columns,
             GRAD_DTYPE=_DTYPES[self.grad_dtype],
-            PRECISION="ieee" if self.exact else "tf32x3",
-            num_warps=configs.moment_tile(self.rank).warps,
+            EXACT=self.exact,
+            num_warps=tile.warps,
+            maxnreg=tile.registers if self.device.type == "cuda" else None,
         )
         for part in self.layout.parts:
             self._move(part, decision)
@@ -461,7 +466,7 @@ class _BucketLaunch:
             BLOCK=configs.OPERAND_ROWS,
             PRODUCTS=columns.products,
             WIDTH=columns.width,
-            N=configs.moment_width(self.rank),
+            N=configs.narrow_rank(self.rank),
             DTYPE=tl.float32 if self.exact else tl.float16,
             num_warps=4,
         )

@@ -235,7 +235,7 @@ def _update_hopper_kernel(
                 dot = warpgroup_mma(r_tail, tail_t, dot, is_async=True)
             m_tile, dot, acc = warpgroup_mma_wait(0, deps=[m_tile, dot, acc])
             # All products of the tile before are done in every warp: its slot is free.
-            gl.thread_barrier()
+            tl.debug_barrier()
             ahead = t + STAGES - 1
             _fetch(
                 ahead,
