@@ -104,9 +104,9 @@ class MomentTile:
 # At most 32 rows: Triton 3.6 cannot compile fp64 products of 64 rows for sm_100.
 _MOMENT_TILES = {
     4: MomentTile(512, 32, 32, 32, 16, 4, 128),
-    8: MomentTile(512, 32, 16, 16, 64, 4),
-    16: MomentTile(256, 32, 8, 16, 128, 4, 128),
-    32: MomentTile(64, 32, 4, 16, 256, 4),
+    8: MomentTile(512, 32, 16, 16, 64, 4, 128),
+    16: MomentTile(256, 32, 8, 32, 32, 4, 128),
+    32: MomentTile(64, 32, 4, 32, 64, 4),
     64: MomentTile(32, 32, 1, 16, 256, 4),
 }
 
