@@ -76,7 +76,7 @@ def main(capability: int, rank: int) -> None:
         "CHUNK": configs.CHUNK_ROWS,
         "BLOCK_N": 32,
         "DTYPE": tl.float16,
-        "BLOCK": configs.OPERAND_ROWS,
+        "BLOCK": configs.operand_rows(rank),
         "SIDES": 512,
         "COUNT_SKIPS": True,
         "ALTERNATE": True,

@@ -259,7 +259,7 @@ class LaunchPlan:
             part = slice(start, start + size)
             space = tables.workspace(
                 shapes[part],
-                configs.OPERAND_ROWS,
+                configs.operand_rows(rank),
                 configs.PADDED_ROWS,
                 shared=shared,
                 residuals=not configs.resident(rank),
@@ -463,7 +463,7 @@ class _BucketLaunch:
             partner_ptr=partner,
             residual_ptr=residual,
             centre_ptr=centre,
-            BLOCK=configs.OPERAND_ROWS,
+            BLOCK=configs.operand_rows(self.rank),
             PRODUCTS=columns.products,
             WIDTH=columns.width,
             SPLIT=columns.split,
