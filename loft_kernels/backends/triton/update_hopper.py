@@ -45,6 +45,9 @@ from loft_kernels.backends.triton.tables import (
 )
 from loft_kernels.backends.triton.update import guarded, move_rows, two_entries
 
+# Triton 3.9 renamed it.
+fetch_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
 
 def hopper_descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     """Describe tiles of a matrix to the tensor memory accelerator."""
@@ -76,14 +79,14 @@ def project_back(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     columns = gl.allocate_shared_memory(gl.float32, [R, BLOCK_M], plain)
     columns.permute((1, 0)).store(acc)
-    columns = columns._reinterpret(gl.float32, [R, 1, BLOCK_M], plain)
     tl.debug_barrier()
     o_r = gl.arange(0, R, gl.SliceLayout(0, by_tile))
     o_row = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, by_tile))
     inverse_ptr += (side ^ 1) * R * R
     direction = gl.zeros([BLOCK_M, R], gl.float64, by_tile)
-    for k in range(0, rank):
-        column = columns.index(k).permute((1, 0)).load(by_tile).to(gl.float64)
+    # Rows of L^+ beyond the rank are zero.
+    for k in gl.static_range(R):
+        column = columns.slice(k, 1, dim=0).permute((1, 0)).load(by_tile).to(gl.float64)
         direction += column * gl.load(inverse_ptr + k * R + o_r)[None, :]
     direction = direction / tau.to(gl.float64)
     move_rows(row_ptr, hyper_ptr, side, direction, o_row, rows, o_r, rank, HAS_MASTER, PARAM_DTYPE)
@@ -121,21 +124,13 @@ def _fetch(
         mbarrier.expect(tail_full.index(slot), BLOCK_N * TAIL * 2, pred=live)
     if SPLIT == 1:
         mbarrier.expect(low_full.index(slot), BLOCK_N * R * 2, pred=live)
-    tma.async_copy_global_to_shared(
-        main, [row, 0], main_full.index(slot), s_main.index(slot), pred=live
-    )
+    fetch_tile(main, [row, 0], main_full.index(slot), s_main.index(slot), pred=live)
     column = MAIN + TAIL
-    tma.async_copy_global_to_shared(
-        halves, [row, column], high_full.index(slot), s_high.index(slot), pred=live
-    )
+    fetch_tile(halves, [row, column], high_full.index(slot), s_high.index(slot), pred=live)
     if TAIL > 0:
-        tma.async_copy_global_to_shared(
-            tail, [row, MAIN], tail_full.index(slot), s_tail.index(slot), pred=live
-        )
+        fetch_tile(tail, [row, MAIN], tail_full.index(slot), s_tail.index(slot), pred=live)
     if SPLIT == 1:
-        tma.async_copy_global_to_shared(
-            halves, [row, column + R], low_full.index(slot), s_low.index(slot), pred=live
-        )
+        fetch_tile(halves, [row, column + R], low_full.index(slot), s_low.index(slot), pred=live)
 
 
 @gluon.jit

@@ -13,7 +13,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
@@ -34,7 +33,7 @@ from loft_kernels.backends.triton.tables import (
     SKIP,
 )
 from loft_kernels.backends.triton.update import guarded, two_entries
-from loft_kernels.backends.triton.update_hopper import project_back
+from loft_kernels.backends.triton.update_hopper import fetch_tile, project_back
 
 
 @gluon.jit
@@ -67,9 +66,9 @@ def _fetch_block(
     if not RESIDENT:
         residual_ready = residual_full.index(slot)
         mbarrier.expect(residual_ready, BLOCK_M * 64 * 2, pred=live)
-    tma.async_copy_global_to_shared(main, [row, column], ready, s_main.index(slot), pred=live)
+    fetch_tile(main, [row, column], ready, s_main.index(slot), pred=live)
     if not RESIDENT:
-        tma.async_copy_global_to_shared(
+        fetch_tile(
             residual_main, [o_residual, column], residual_ready, s_residual.index(slot), pred=live
         )
 
@@ -138,12 +137,10 @@ def _update_hopper_wide_kernel(
         mbarrier.init(head, count=1)
         mbarrier.init(held, count=1)
         mbarrier.expect(held, BLOCK_M * (TAIL + (64 * BLOCKS if RESIDENT else 0)) * 2)
-        tma.async_copy_global_to_shared(residual_tail, [o_residual, 64 * BLOCKS], held, s_rest)
+        fetch_tile(residual_tail, [o_residual, 64 * BLOCKS], held, s_rest)
         if RESIDENT:
             for c in range(0, BLOCKS):
-                tma.async_copy_global_to_shared(
-                    residual_main, [o_residual, 64 * c], held, s_residual.index(c)
-                )
+                fetch_tile(residual_main, [o_residual, 64 * c], held, s_residual.index(c))
         for stage in gl.static_range(STAGES - 1):
             _fetch_block(
                 stage,
@@ -219,9 +216,9 @@ def _update_hopper_wide_kernel(
                 if c == 0:
                     row = o_partner + t * BLOCK_N
                     mbarrier.expect(head, BLOCK_N * (TAIL + 2 * R) * 2)
-                    tma.async_copy_global_to_shared(tail, [row, 64 * BLOCKS], head, s_tail)
+                    fetch_tile(tail, [row, 64 * BLOCKS], head, s_tail)
                     for part in gl.static_range(2):
-                        tma.async_copy_global_to_shared(
+                        fetch_tile(
                             halves,
                             [row, 64 * BLOCKS + TAIL + part * R],
                             head,
