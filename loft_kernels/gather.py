@@ -64,21 +64,26 @@ class Gathered:
         self._mode = (pairs[0].options.second_moment, pairs[0].options.calibrate)
         self._seen_options: list[StepOptions] = []
         self._seen_rates: list[Any] = []
+        self._glanced, self._bound = False, True
+        self._addresses = [p.data_ptr() for p in self._params]
+        self._look_at_gradients()
         self._seen = self._look()
 
-    def _look(self) -> tuple[list[Any], ...]:
-        """List what has to stay the same and compares quickly; note what moves."""
+    def _look_at_gradients(self) -> None:
+        """Note what moves from step to step."""
         grads = [p.grad for p in self._params]
         strides: list[Any] = [() if g is None else g.stride() for g in grads]
         addresses = [0 if g is None else g.data_ptr() for g in grads]
+        self._grad_dtypes = [None if g is None else g.dtype for g in grads]
         self.moving = (addresses, strides, [s.read() for s in self._scalings])
+
+    def _look(self) -> tuple[list[Any], ...]:
+        """List what has to stay the same; torch holds gradients to the shapes of parameters."""
         return (
-            [p.data_ptr() for p in self._params],
+            self._grad_dtypes,
             [p.dtype for p in self._params],
             [p.shape for p in self._params],
             [p.stride() for p in self._params],
-            [None if g is None else g.shape for g in grads],
-            [None if g is None else g.dtype for g in grads],
         )
 
     def _same_objects(self, optimizer: LoFTAdamW) -> bool:
@@ -97,6 +102,7 @@ class Gathered:
 
     def bind(self) -> None:
         """Set the gradients and scalings of this step on the pairs."""
+        self._bound = True
         for factor in self._factors:
             factor.grad = factor.param.grad
         for pair, scaling in zip(self.pairs, self.moving[2], strict=True):
@@ -104,21 +110,37 @@ class Gathered:
 
     def release_gradients(self) -> None:
         """Let go of this step's gradients, which zero_grad() is to free."""
-        for factor in self._factors:
-            factor.grad = None
+        if self._bound:
+            self._bound = False
+            for factor in self._factors:
+                factor.grad = None
 
-    def refresh(self, optimizer: LoFTAdamW) -> bool:
-        """Look at this step's gradients, rates and scalings; False if more has changed."""
-        if not self._same_objects(optimizer):
-            return False
+    def glance(self, optimizer: LoFTAdamW) -> bool:
+        """Look at this step's gradients, rates and options; False if the pairs are to be checked.
+
+        Enough to measure, not to write: :meth:`refresh` looks at the rest.
+        """
         try:
-            if self._look() != self._seen:
-                return False
+            self._look_at_gradients()
         except RuntimeError:  # a gradient without strides or address: sparse
             return False
-        groups = optimizer.param_groups
+        if [p.data_ptr() for p in self._params] != self._addresses:
+            return False
+        self._glanced = self._take_options(optimizer.param_groups)
+        return self._glanced
+
+    def refresh(self, optimizer: LoFTAdamW) -> bool:
+        """Take over what moves; False if anything else has changed since the pairs were checked."""
+        glanced, self._glanced = self._glanced, False
+        if not glanced and not self.glance(optimizer):
+            return False
+        self._glanced = False
+        return self._same_objects(optimizer) and self._look() == self._seen
+
+    def _take_options(self, groups: list[dict[str, Any]]) -> bool:
+        """Set rates and options on the pairs where they changed; False if a pair's two differ."""
         rates = [group["lr"] for group in groups]
-        if not all(map(operator.is_, rates, self._seen_rates)) or not self._seen_rates:
+        if not (self._seen_rates and all(map(operator.is_, rates, self._seen_rates))):
             self._seen_rates = rates
             for factor in self._factors:
                 factor.lr = rates[factor.group]

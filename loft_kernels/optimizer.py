@@ -178,6 +178,7 @@ class LoFTAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._measure_known()
         pairs, plain = self._gather(allocate=True)
         members = [p for group in plain.values() for p in group]
         if not pairs and not members:
@@ -199,6 +200,18 @@ class LoFTAdamW(Optimizer):
         if self._gathered is not None:
             self._gathered.release_gradients()
         return loss
+
+    def _measure_known(self) -> None:
+        """Let the device measure the pairs of the last step while the host checks them again.
+
+        Only workspace is written; whatever is measured of pairs that fail the check is dropped.
+        """
+        known = self._gathered
+        if known is None or self._plan is None or known.backend != ("triton", ""):
+            return
+        exact = self.precision == "ieee"
+        if known.glance(self) and self._plan.serves(known.pairs, exact):
+            self._plan.measure(known.pairs, known.moving, max_norm=self.max_grad_norm, exact=exact)
 
     def _choose_backend(self, pairs: list[Pair]) -> tuple[str, str]:
         """Choose the backend of a step; the answer stands while the pairs do."""

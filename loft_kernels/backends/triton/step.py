@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ class LaunchPlan:
         cuda = device.type == "cuda"
         self.capability = torch.cuda.get_device_capability(device)[0] if cuda else 0
         self._pairs: Sequence[Pair] | None = None
+        self._measured: Sequence[Pair] | None = None
         self._mode: tuple = ()
         self._buckets: list[Bucket] = []
         self._layouts: dict[tuple, tuple[tuple, Layout]] = {}
@@ -96,29 +98,45 @@ class LaunchPlan:
             max_norm: largest norm of all projected gradients, or None.
             exact: no product of reduced precision.
         """
-        if moving is None:
-            moving = tables.moving_entries(pairs)
-        # Turning alternation on or off changes which sides may share the workspace.
-        mode = (exact, *(pair.options.alternate for pair in pairs))
-        if pairs is not self._pairs or mode != self._mode:
-            self._buckets = self._new_buckets(pairs, exact)
-            self._pairs, self._mode = pairs, mode
-        shape = (2 * len(pairs), tables.NUMBERS.value)
-        numbers = torch.empty(shape, dtype=torch.float64, device=self.device)
+        if self._measured is not pairs or not self.serves(pairs, exact):
+            if moving is None:
+                moving = tables.moving_entries(pairs)
+            self.measure(pairs, moving, max_norm=max_norm, exact=exact)
+        self._measured = None
         decision = Decision(torch.empty(3, dtype=torch.float64, device=self.device))
-        on_device: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if self.device.type == "cuda":
-            on_device = torch.cuda.device(self.device)
-        with on_device:
-            first = 0
-            for bucket in self._buckets:
-                bucket.begin(moving, numbers[first : first + bucket.sides], max_norm)
-                bucket.measure()
-                first += bucket.sides
+        with self._on_device():
             for index, bucket in enumerate(self._buckets):
-                bucket.decide(numbers, decision.values, outside, skipped, count_skips=index == 0)
+                bucket.decide(
+                    self._numbers, decision.values, outside, skipped, count_skips=index == 0
+                )
                 bucket.write(decision.values)
         return decision
+
+    def serves(self, pairs: Sequence[Pair], exact: bool) -> bool:
+        """Tell whether the plan is laid out for these pairs and options."""
+        return pairs is self._pairs and _mode(pairs, exact) == self._mode
+
+    def measure(
+        self, pairs: Sequence[Pair], moving: Moving, *, max_norm: float | None, exact: bool
+    ) -> None:
+        """Measure Gram products, inverses and norms into workspace; see :meth:`step`."""
+        if not self.serves(pairs, exact):
+            self._buckets = self._new_buckets(pairs, exact)
+            self._pairs, self._mode = pairs, _mode(pairs, exact)
+        shape = (2 * len(pairs), tables.NUMBERS.value)
+        self._numbers = torch.empty(shape, dtype=torch.float64, device=self.device)
+        first = 0
+        with self._on_device():
+            for bucket in self._buckets:
+                bucket.begin(moving, self._numbers[first : first + bucket.sides], max_norm)
+                bucket.measure()
+                first += bucket.sides
+        self._measured = pairs
+
+    def _on_device(self) -> contextlib.AbstractContextManager:
+        """Make the plan's device the current one."""
+        cuda = self.device.type == "cuda"
+        return torch.cuda.device(self.device) if cuda else contextlib.nullcontext()
 
     def _new_buckets(self, pairs: Sequence[Pair], exact: bool) -> list[Bucket]:
         """Sort pairs by what one set of launches can serve."""
@@ -177,6 +195,11 @@ class LaunchPlan:
         """Copy to the device without waiting for it."""
         source = host.pin_memory() if self.device.type == "cuda" else host.clone()
         return source.to(self.device, non_blocking=True)
+
+
+def _mode(pairs: Sequence[Pair], exact: bool) -> tuple[Any, ...]:
+    """Name what a layout depends on: alternation decides which sides may share workspace."""
+    return (exact, [pair.options.alternate for pair in pairs])
 
 
 def _nothing_outside() -> Tensor:
