@@ -78,6 +78,16 @@ def launch(rank: int, grad: Tensor, m: Tensor, p: Tensor, inverse: Tensor, c: Te
     )
 
 
+def advanced(m, p, grad, inverse, c, dtype) -> tuple[Tensor, Tensor]:
+    """Evaluate the formulas as they read, in one dtype throughout."""
+    m, p, rank = m.to(dtype), reference.unpack_symmetric(p.to(dtype), m.shape[1]), m.shape[1]
+    g = (grad.double() @ inverse.T * (COEFFICIENT / SCALING)).to(dtype)
+    c = torch.eye(rank, dtype=dtype) if c is None else c.to(dtype)
+    m = BETA1 * (m @ c) + (1 - BETA1) * g
+    p = BETA2 * (c.T @ (p @ c)) + (1 - BETA2) * g[:, :, None] * g[:, None, :]
+    return m.double(), reference.pack_symmetric(p).double()
+
+
 @pytest.mark.parametrize("exact", [False, True], ids=["default", "ieee"])
 @pytest.mark.parametrize("moving", [False, True], ids=["idle", "moving"])
 @pytest.mark.parametrize("rank", [1, 5, 8, 12, 16, 17, 32, 48, 64], ids="r{}".format)
@@ -95,14 +105,7 @@ def test_every_row_is_right_at_its_own_scale(rank, moving, exact):
     inverse = torch.randn(rank, rank, generator=rng, dtype=torch.float64).tril()
     c = contraction(rank, rng).float() if moving else None
 
-    runs = []
-    for dtype in (torch.float64, torch.float32):
-        new_m, new_p = m.to(dtype, copy=True), p.to(dtype, copy=True)
-        g = (grad.double() @ inverse.T * (COEFFICIENT / SCALING)).to(dtype)
-        carried = None if c is None else c.to(dtype)
-        reference.update_first_moment_(new_m, g, carried, BETA1)
-        reference.update_second_moment_(new_p, g, carried, BETA2)
-        runs.append((new_m.double(), new_p.double()))
+    runs = [advanced(m, p, grad, inverse, c, dtype) for dtype in (torch.float64, torch.float32)]
     # Each row begins where the last one ends: a write beside a row shows in its neighbour.
     grad, m, p = (x.to(DEVICE) for x in (grad, m, p))
     launch(rank, grad, m, p, inverse, c, exact)

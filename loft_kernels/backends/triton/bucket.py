@@ -69,7 +69,13 @@ class Bucket:
         self.width = configs.padded_rank(self.rank)
         self.packing = packing(self.rank)
         self.pair_table = plan.constant(("pairs", self.rank), partial(pair_table, self.rank))
-        self.layout = plan.layout(key, pairs, self.hopper)
+        if exact:
+            tile = configs.EXACT_TILE
+        elif self.hopper:
+            tile = configs.hopper_tile(self.rank)
+        else:
+            tile = configs.update_tile(plan.capability, self.rank)
+        self.layout = plan.layout(key, pairs, tile)
         self.sides = 2 * len(pairs)
         self._host_table = tables.address_rows(pairs, configs.CHUNK_ROWS, self.layout.places)
         self._moving: Moving | None = None

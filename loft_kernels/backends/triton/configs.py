@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from loft_kernels.backends.triton.packing import packing
 
 # The largest rank that has run on a GPU.
 MAX_RANK = 64
@@ -34,6 +36,11 @@ _UPDATE_TILES = {
     (9, 64): UpdateTile(128, 128, 8, 4),
 }
 _FALLBACK = UpdateTile(64, 64, 4, 2)
+# fp32 operands take twice the shared memory.
+EXACT_TILE = UpdateTile(64, 64, 4, 2)
+
+# Bytes of shared memory that a program of compute capability 9.0 can have, less its barriers.
+_HOPPER_SHARED = 227 * 1024 - 1024
 
 # Of `update_hopper`: registers leave room for four or three programs on a multiprocessor; and of
 # `update_hopper_wide`: one program fills the shared memory.
@@ -67,8 +74,18 @@ def operand_rows(rank: int) -> int:
 
 
 def hopper_tile(rank: int) -> UpdateTile:
-    """Return the tile of the hot loop on compute capability 9.0."""
-    return _HOPPER_TILES[max(8, 1 << (rank - 1).bit_length())]
+    """Return the tile of the hot loop on compute capability 9.0, as deep as memory allows."""
+    tile = _HOPPER_TILES[max(8, 1 << (rank - 1).bit_length())]
+    if resident(rank):
+        return tile
+    columns = packing(rank)
+    rows, partner_rows = tile.block_m, tile.block_n
+    stage = 64 * (partner_rows + (0 if residual_held(rank) else rows))
+    held = 64 * columns.blocks * rows if residual_held(rank) else 0
+    head = partner_rows * (columns.tail + 2 * columns.half)
+    fixed = held + head + rows * (columns.tail + columns.half)
+    left = _HOPPER_SHARED - 2 * fixed
+    return replace(tile, stages=min(tile.stages, left // (2 * stage)))
 
 
 def residual_held(rank: int) -> bool:
@@ -104,13 +121,14 @@ class MomentTile:
     registers: int | None = None
 
 
-# At most 32 rows: Triton 3.6 cannot compile fp64 products of 64 rows for sm_100.
+# Measured on one NVIDIA H200. Triton 3.6 cannot compile fp64 products of 64 rows for sm_100, where
+# the backend asks for a newer one.
 _MOMENT_TILES = {
-    4: MomentTile(512, 32, 32, 32, 16, 4, 128),
+    4: MomentTile(512, 64, 64, 64, 16, 4, 128),
     8: MomentTile(512, 32, 16, 16, 64, 4, 128),
-    16: MomentTile(256, 32, 8, 32, 32, 4, 128),
-    32: MomentTile(64, 32, 4, 32, 64, 4),
-    64: MomentTile(32, 32, 1, 16, 256, 4),
+    16: MomentTile(128, 32, 8, 16, 128, 4, 128),
+    32: MomentTile(64, 32, 2, 16, 128, 2),
+    64: MomentTile(16, 16, 1, 16, 256, 4),
 }
 
 

@@ -60,7 +60,7 @@ def signature(pairs: Sequence[Pair]) -> tuple:
 
 
 def new_layout(
-    rank: int, pairs: Sequence[Pair], device: torch.device, capability: int, hopper: bool
+    rank: int, pairs: Sequence[Pair], device: torch.device, tile: configs.UpdateTile
 ) -> Layout:
     """Lay out tiles and workspace; reads the step counts once, the only synchronisation.
 
@@ -68,13 +68,11 @@ def new_layout(
         rank: of all pairs.
         pairs: of a bucket, with their gradients.
         device: where the tiles go.
-        capability: the major compute capability, 0 without a GPU.
-        hopper: the hot loop is one of the kernels for compute capability 9.0.
+        tile: of the hot loop.
     """
     shapes = [(p.b.param.shape[0], p.a.param.shape[1]) for p in pairs]
     both = all(p.b.grad is not None and p.a.grad is not None for p in pairs)
     shared = pairs[0].options.alternate and both and len(_phases(pairs)) == 1
-    tile = configs.hopper_tile(rank) if hopper else configs.update_tile(capability, rank)
     size = -(-len(pairs) // _PARTS)
     places: list[tuple[int, int]] = []
     parts = []

@@ -9,6 +9,7 @@ m~ is a product of fp16 halves, ``mh Qh + ml Qh + mh Ql``, laid side by side whe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class Packing:
         return self.products + self.half * (2 if self.split == 1 else 1)
 
 
+@cache
 def packing(rank: int) -> Packing:
     """Return the layout of a rank: one resident block up to rank 16, blocks of 64 above."""
     packed = rank * (rank + 1) // 2

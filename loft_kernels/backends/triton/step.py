@@ -182,13 +182,13 @@ class LaunchPlan:
             self._constants[key] = make().to(self.device)
         return self._constants[key]
 
-    def layout(self, key: tuple, pairs: Sequence[Pair], hopper: bool) -> Layout:
+    def layout(self, key: tuple, pairs: Sequence[Pair], tile: configs.UpdateTile) -> Layout:
         """Return the tiles and workspace of a bucket, built anew when its pairs change."""
         wanted = signature(pairs)
-        cached = self._layouts.get((key, hopper))
+        cached = self._layouts.get((key, tile))
         if cached is None or cached[0] != wanted:
-            new = new_layout(key[0], pairs, self.device, self.capability, hopper)
-            cached = self._layouts[key, hopper] = (wanted, new)
+            new = new_layout(key[0], pairs, self.device, tile)
+            cached = self._layouts[key, tile] = (wanted, new)
         return cached[1]
 
     def to_device(self, host: Tensor) -> Tensor:

@@ -97,10 +97,12 @@ def _entries(m, dot, a, floor, eps, EXACT: tl.constexpr, ASM: tl.constexpr):
     """Return D for one tile, in the dtype of the operands."""
     v = guarded(m, dot, a, floor)
     if EXACT:
-        return tl.where(m * m > 0, tl.div_rn(m, tl.sqrt_rn(v) + eps[:, None]), 0.0)
-    if ASM:
-        return two_entries(m, v, tl.broadcast_to(eps[:, None], m.shape))
-    return (m / (tl.sqrt(v) + eps[:, None])).to(tl.float16)
+        d = tl.where(m * m > 0, tl.div_rn(m, tl.sqrt_rn(v) + eps[:, None]), 0.0)
+    elif ASM:
+        d = two_entries(m, v, tl.broadcast_to(eps[:, None], m.shape))
+    else:
+        d = (m / (tl.sqrt(v) + eps[:, None])).to(tl.float16)
+    return d
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -133,52 +134,6 @@ def _fetch(
 
 
 @gluon.jit
-def _multiply(
-    t,
-    live,
-    m_high,
-    m_low,
-    r_main,
-    r_tail,
-    none,
-    slots,
-    bars,
-    TAIL: gl.constexpr,
-    SPLIT: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """Start the products of tile t: m~ and the contraction of the residual."""
-    s_main, s_tail, s_high, s_low = slots
-    main_full, tail_full, high_full, low_full = bars
-    slot, phase = t % STAGES, (t // STAGES) & 1
-    mbarrier.wait(high_full.index(slot), phase, pred=live)
-    q_t = s_high.index(slot).permute((1, 0))
-    m_tile = warpgroup_mma(m_high, q_t, none, use_acc=False, is_async=True)
-    if SPLIT < 3:
-        m_tile = warpgroup_mma(m_low, q_t, m_tile, is_async=True)
-    if SPLIT == 1:
-        mbarrier.wait(low_full.index(slot), phase, pred=live)
-        low_t = s_low.index(slot).permute((1, 0))
-        m_tile = warpgroup_mma(m_high, low_t, m_tile, is_async=True)
-    mbarrier.wait(main_full.index(slot), phase, pred=live)
-    main_t = s_main.index(slot).permute((1, 0))
-    dot = warpgroup_mma(r_main, main_t, none, use_acc=False, is_async=True)
-    if TAIL > 0:
-        mbarrier.wait(tail_full.index(slot), phase, pred=live)
-        tail_t = s_tail.index(slot).permute((1, 0))
-        dot = warpgroup_mma(r_tail, tail_t, dot, is_async=True)
-    return m_tile, dot
-
-
-@gluon.jit
-def _project(m_tile, dot, a, eps, floor, q, acc, left: gl.constexpr):
-    """Take the virtual step of a tile and start to project it: acc += D Q."""
-    v = guarded(m_tile, dot, a, floor)
-    d = two_entries(m_tile, v, tl.broadcast_to(eps[:, None], m_tile.shape))
-    return warpgroup_mma(gl.convert_layout(d, left), q, acc, is_async=True)
-
-
-@gluon.jit
 def _update_hopper_kernel(
     table_ptr,
     tiles_ptr,
@@ -285,9 +240,8 @@ def _update_hopper_kernel(
                 mbarrier.init(bars[b].index(stage), count=1)
         slots = (s_main, s_tail, s_high, s_low)
         o_partner = gl.load(row_ptr + PARTNER_ROW).to(gl.int32)
-        # An even number: the workspace is padded with zero rows.
-        tiles = 2 * ((partner_rows.to(gl.int32) + 2 * BLOCK_N - 1) // (2 * BLOCK_N))
-        for stage in gl.static_range(STAGES):
+        tiles = (partner_rows.to(gl.int32) + BLOCK_N - 1) // BLOCK_N
+        for stage in gl.static_range(STAGES - 1):
             _fetch(
                 stage,
                 stage < tiles,
@@ -306,52 +260,33 @@ def _update_hopper_kernel(
             )
 
         none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, wide)
-        if TAIL == 0:
-            r_tail = r_main
-        acc = gl.zeros([BLOCK_M, R], gl.float32, narrow)
-        m_tile, dot = _multiply(
-            0, True, m_high, m_low, r_main, r_tail, none, slots, bars, TAIL, SPLIT, STAGES
-        )
-        m_tile, dot = warpgroup_mma_wait(0, deps=[m_tile, dot])
-        # The products of the next tile run under the entries of this one. Two tiles a turn, so
-        # that both sets of accumulators keep their registers.
-        for pair in range(0, tiles // 2):
-            t = 2 * pair
-            m_next, dot_next = _multiply(
-                t + 1, True, m_high, m_low, r_main, r_tail, none, slots, bars, TAIL, SPLIT, STAGES
-            )
-            acc = _project(m_tile, dot, a, eps, floor, s_high.index(t % STAGES), acc, left_narrow)
-            m_next, dot_next, acc = warpgroup_mma_wait(0, deps=[m_next, dot_next, acc])
-            # All products with tile t are done in every warp: its slot is free.
-            tl.debug_barrier()
-            _fetch(
-                t + STAGES,
-                t + STAGES < tiles,
-                o_partner,
-                main,
-                tail,
-                halves,
-                slots,
-                bars,
-                BLOCK_N,
-                MAIN,
-                TAIL,
-                SPLIT,
-                R,
-                STAGES,
-            )
-            more = t + 2 < tiles
-            m_tile, dot = _multiply(
-                t + 2, more, m_high, m_low, r_main, r_tail, none, slots, bars, TAIL, SPLIT, STAGES
-            )
-            acc = _project(
-                m_next, dot_next, a, eps, floor, s_high.index((t + 1) % STAGES), acc, left_narrow
-            )
+        acc = warpgroup_mma_init(gl.zeros([BLOCK_M, R], gl.float32, narrow))
+        for t in range(0, tiles):
+            slot, phase = t % STAGES, (t // STAGES) & 1
+            mbarrier.wait(high_full.index(slot), phase)
+            q = s_high.index(slot)
+            q_t = q.permute((1, 0))
+            m_tile = warpgroup_mma(m_high, q_t, none, use_acc=False, is_async=True)
+            if SPLIT < 3:
+                m_tile = warpgroup_mma(m_low, q_t, m_tile, is_async=True)
+            if SPLIT == 1:
+                mbarrier.wait(low_full.index(slot), phase)
+                low_t = s_low.index(slot).permute((1, 0))
+                m_tile = warpgroup_mma(m_high, low_t, m_tile, is_async=True)
+            mbarrier.wait(main_full.index(slot), phase)
+            main_t = s_main.index(slot).permute((1, 0))
+            dot = warpgroup_mma(r_main, main_t, none, use_acc=False, is_async=True)
+            if TAIL > 0:
+                mbarrier.wait(tail_full.index(slot), phase)
+                tail_t = s_tail.index(slot).permute((1, 0))
+                dot = warpgroup_mma(r_tail, tail_t, dot, is_async=True)
             m_tile, dot, acc = warpgroup_mma_wait(0, deps=[m_tile, dot, acc])
+            # All products of the tile before are done in every warp: its slot is free.
             tl.debug_barrier()
+            ahead = t + STAGES - 1
             _fetch(
-                t + 1 + STAGES,
-                t + 1 + STAGES < tiles,
+                ahead,
+                ahead < tiles,
                 o_partner,
                 main,
                 tail,
@@ -365,6 +300,11 @@ def _update_hopper_kernel(
                 R,
                 STAGES,
             )
+            v = guarded(m_tile, dot, a, floor)
+            d = two_entries(m_tile, v, tl.broadcast_to(eps[:, None], m_tile.shape))
+            d = gl.convert_layout(d, left_narrow)
+            acc = warpgroup_mma(d, q, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
         for b in gl.static_range(4):
             for stage in gl.static_range(STAGES):
                 mbarrier.invalidate(bars[b].index(stage))
