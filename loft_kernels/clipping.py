@@ -117,8 +117,10 @@ def clip_grad_norm_(
     """
     check_max_norm(max_norm)
     pairs, plain = optimizer._gather(allocate=False)
-    grads = [g for p in pairs for g in (p.b.grad, p.a.grad) if g is not None]
-    grads += [p.grad for members in plain.values() for p in members if p.grad is not None]
+    # The parameters' own gradients: a factor's may be a copy of one that is no matrix in place.
+    owners = [f.stored for p in pairs for f in (p.b, p.a)]
+    owners += [p for members in plain.values() for p in members]
+    grads = [p.grad for p in owners if p.grad is not None]
     if not grads:
         return torch.zeros(())
     with exact_arithmetic({g.device.type for g in grads}):

@@ -20,6 +20,7 @@ from loft_kernels.adapters import (
 )
 from loft_kernels.clipping import check_max_norm, decide
 from loft_kernels.gather import Gathered, PairSlot, Place, check_options, step_options
+from loft_kernels.layers import as_matrix
 from loft_kernels.plain_adamw import adamw_step_, check_plain
 from loft_kernels.plan import Factor, Pair, SecondMoment, StepOptions
 from loft_kernels.state import FORMAT, check_pair, check_state, ready_state
@@ -358,7 +359,7 @@ class LoFTAdamW(Optimizer):
             self._warn_one_sided(pair)
             for factor, partner in pair.sides:
                 if factor.grad is not None:
-                    factor.state = self.state[factor.param]
+                    factor.state = self.state[factor.stored]
                     ready_state(factor, partner, pair.options)
         if allocate:
             whole = bool(pairs) and len(pairs) == len(self._slots)
@@ -373,11 +374,14 @@ class LoFTAdamW(Optimizer):
     def _factor(self, slot: PairSlot, place: Place) -> Factor:
         """Look up one factor of a pair as it is now."""
         group, transposed = self.param_groups[place[0]], place == slot.a
-        param: Tensor = group["params"][place[1]]
+        stored: Tensor = group["params"][place[1]]
         names = group.get("param_names")
         name = names[place[1]] if names else f"{slot.name}.lora_{'A' if transposed else 'B'}"
-        state = self.state.get(param, {})
-        return Factor(name, param, param.grad, transposed, group["lr"], place[0], state)
+        param, grad = as_matrix(name, stored), stored.grad
+        if grad is not None and param.dim() < grad.dim() and not grad.is_sparse:
+            grad = grad.flatten(1)
+        state = self.state.get(stored, {})
+        return Factor(name, param, grad, transposed, group["lr"], place[0], state, stored)
 
     def _plain_parameters(self) -> dict[int, list[Tensor]]:
         """Collect the parameters with a gradient that are not in a pair, by group index."""
