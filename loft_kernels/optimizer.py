@@ -21,7 +21,7 @@ from loft_kernels.adapters import (
 from loft_kernels.clipping import check_max_norm, decide
 from loft_kernels.gather import Gathered, PairSlot, Place, check_options, step_options
 from loft_kernels.layers import as_matrix
-from loft_kernels.plain_adamw import adamw_step_, check_plain
+from loft_kernels.plain_adamw import adamw_step_, check_plain, start_plain_state_
 from loft_kernels.plan import Factor, Pair, SecondMoment, StepOptions
 from loft_kernels.state import FORMAT, check_pair, check_state, ready_state
 
@@ -179,9 +179,14 @@ class LoFTAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        fresh = not self.state
         pairs, plain = self._gather(allocate=True)
         members = [p for group in plain.values() for p in group]
         if not pairs and not members:
+            return loss
+        if fresh and self._is_rehearsal():
+            for p in members:
+                start_plain_state_(p, self.state[p])
             return loss
         backend, reason = self._choose_backend(pairs)
         if backend == "triton" and any(p.device != pairs[0].b.param.device for p in members):
@@ -196,6 +201,17 @@ class LoFTAdamW(Optimizer):
         if self._gathered is not None:
             self._gathered.release_gradients()
         return loss
+
+    def _is_rehearsal(self) -> bool:
+        """Tell the step that only allocates state, as `torch.distributed.checkpoint` takes it.
+
+        It comes before any state with every rate and every gradient exactly 0. A warm-up that
+        starts from rate 0 has gradients, and counts.
+        """
+        if any(group["lr"] != 0 for group in self.param_groups):
+            return False
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        return all(not g.any() for g in grads if g is not None)
 
     def _choose_backend(self, pairs: list[Pair]) -> tuple[str, str]:
         """Choose the backend of a step; the answer stands while the pairs do."""

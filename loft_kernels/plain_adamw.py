@@ -40,6 +40,15 @@ def check_plain(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
             )
 
 
+def start_plain_state_(param: Tensor, state: dict[str, Any]) -> None:
+    """Allocate the state of a parameter that has taken no step, as torch does."""
+    wide = torch.get_default_dtype() == torch.float64
+    # On the CPU, as torch keeps it: a launch per parameter would cost more than the step.
+    state["step"] = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
+    state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+
 def adamw_step_(
     params: Sequence[Tensor],
     states: Sequence[dict[str, Any]],
@@ -64,11 +73,7 @@ def adamw_step_(
     fused = found_inf is not None
     for param, state in zip(params, states, strict=True):
         if not state:
-            wide = torch.get_default_dtype() == torch.float64
-            # On the CPU, as torch keeps it: a launch per parameter would cost more than the step.
-            state["step"] = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
-            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            start_plain_state_(param, state)
         for key in STATE_KEYS[1:]:
             # The state follows a parameter that changed device or dtype.
             if state[key].dtype != param.dtype or state[key].device != param.device:
