@@ -20,6 +20,7 @@ from loft_kernels.adapters import (
 )
 from loft_kernels.clipping import check_max_norm, decide
 from loft_kernels.gather import Gathered, PairSlot, Place, check_options, step_options
+from loft_kernels.integrations.outer_clipping import outer_clipping
 from loft_kernels.layers import as_matrix
 from loft_kernels.plain_adamw import adamw_step_, check_plain, start_plain_state_
 from loft_kernels.plan import Factor, Pair, SecondMoment, StepOptions
@@ -104,6 +105,7 @@ class LoFTAdamW(Optimizer):
         self._sizes: list[int] = []
         self._warned_one_sided = False
         self._warned_fallback = False
+        self._looked_outside = False
         self._plan: Any = None
         self._gathered: Gathered | None = None
         # Pairs and named tensors of new groups wait here until all groups are there: the factors
@@ -188,6 +190,9 @@ class LoFTAdamW(Optimizer):
             for p in members:
                 start_plain_state_(p, self.state[p])
             return loss
+        if pairs and not self._looked_outside:
+            self._looked_outside = True
+            self._warn_outer_clipping()
         backend, reason = self._choose_backend(pairs)
         if backend == "triton" and any(p.device != pairs[0].b.param.device for p in members):
             backend, reason = "reference", "parameters are on several devices"
@@ -423,6 +428,21 @@ class LoFTAdamW(Optimizer):
                 "is lost. LoFT needs whole factors: use DDP or ZeRO stage 0"
             )
 
+    def _warn_outer_clipping(self) -> None:
+        """Say once that a trainer clips the factors' gradients before they come here."""
+        outer = outer_clipping()
+        if outer is None:
+            return
+        setting, cure = outer
+        twice = "" if self.max_grad_norm is None else " and again by LoFTAdamW"
+        warnings.warn(
+            f"gradients are clipped by {setting}{twice}: that is the norm of the factors' own "
+            "gradients, which depends on how W is split into B and A. LoFT clips by the norm of "
+            f"the projected gradients: set {cure} and LoFTAdamW(max_grad_norm=...)",
+            UserWarning,
+            stacklevel=4,
+        )
+
     def _warn_one_sided(self, pair: Pair) -> None:
         """Say once that only one of its factors is being trained."""
         if self._warned_one_sided or (pair.b.grad is None) == (pair.a.grad is None):
@@ -458,6 +478,7 @@ _KEPT_ATTRIBUTES = frozenset(
         "_named",
         "_warned_one_sided",
         "_warned_fallback",
+        "_looked_outside",
         "_building",
     }
 )
