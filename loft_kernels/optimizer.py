@@ -20,8 +20,8 @@ from loft_kernels.adapters import (
 )
 from loft_kernels.clipping import check_max_norm, decide
 from loft_kernels.gather import Gathered, PairSlot, Place, check_options, step_options
-from loft_kernels.integrations.outer_clipping import outer_clipping
 from loft_kernels.layers import as_matrix
+from loft_kernels.notices import warn_idle, warn_outer_clipping
 from loft_kernels.plain_adamw import adamw_step_, check_plain, start_plain_state_
 from loft_kernels.plan import Factor, Pair, SecondMoment, StepOptions
 from loft_kernels.state import FORMAT, check_pair, check_state, ready_state
@@ -105,7 +105,7 @@ class LoFTAdamW(Optimizer):
         self._sizes: list[int] = []
         self._warned_one_sided = False
         self._warned_fallback = False
-        self._looked_outside = False
+        self._said: set[str] = set()
         self._plan: Any = None
         self._gathered: Gathered | None = None
         # Pairs and named tensors of new groups wait here until all groups are there: the factors
@@ -184,15 +184,16 @@ class LoFTAdamW(Optimizer):
         fresh = not self.state
         pairs, plain = self._gather(allocate=True)
         members = [p for group in plain.values() for p in group]
+        if self._slots and not pairs and self._first_time("idle"):
+            warn_idle(len(self._slots))
         if not pairs and not members:
             return loss
-        if fresh and self._is_rehearsal():
+        if fresh and checkpoint.is_rehearsal(self):
             for p in members:
                 start_plain_state_(p, self.state[p])
             return loss
-        if pairs and not self._looked_outside:
-            self._looked_outside = True
-            self._warn_outer_clipping()
+        if pairs and self._first_time("clipping"):
+            warn_outer_clipping(self.max_grad_norm)
         backend, reason = self._choose_backend(pairs)
         if backend == "triton" and any(p.device != pairs[0].b.param.device for p in members):
             backend, reason = "reference", "parameters are on several devices"
@@ -207,16 +208,11 @@ class LoFTAdamW(Optimizer):
             self._gathered.release_gradients()
         return loss
 
-    def _is_rehearsal(self) -> bool:
-        """Tell the step that only allocates state, as `torch.distributed.checkpoint` takes it.
-
-        It comes before any state with every rate and every gradient exactly 0. A warm-up that
-        starts from rate 0 has gradients, and counts.
-        """
-        if any(group["lr"] != 0 for group in self.param_groups):
-            return False
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        return all(not g.any() for g in grads if g is not None)
+    def _first_time(self, notice: str) -> bool:
+        """Tell whether a notice is still to be given, and count it as given."""
+        new = notice not in self._said
+        self._said.add(notice)
+        return new
 
     def _choose_backend(self, pairs: list[Pair]) -> tuple[str, str]:
         """Choose the backend of a step; the answer stands while the pairs do."""
@@ -428,21 +424,6 @@ class LoFTAdamW(Optimizer):
                 "is lost. LoFT needs whole factors: use DDP or ZeRO stage 0"
             )
 
-    def _warn_outer_clipping(self) -> None:
-        """Say once that a trainer clips the factors' gradients before they come here."""
-        outer = outer_clipping()
-        if outer is None:
-            return
-        setting, cure = outer
-        twice = "" if self.max_grad_norm is None else " and again by LoFTAdamW"
-        warnings.warn(
-            f"gradients are clipped by {setting}{twice}: that is the norm of the factors' own "
-            "gradients, which depends on how W is split into B and A. LoFT clips by the norm of "
-            f"the projected gradients: set {cure} and LoFTAdamW(max_grad_norm=...)",
-            UserWarning,
-            stacklevel=4,
-        )
-
     def _warn_one_sided(self, pair: Pair) -> None:
         """Say once that only one of its factors is being trained."""
         if self._warned_one_sided or (pair.b.grad is None) == (pair.a.grad is None):
@@ -478,7 +459,7 @@ _KEPT_ATTRIBUTES = frozenset(
         "_named",
         "_warned_one_sided",
         "_warned_fallback",
-        "_looked_outside",
+        "_said",
         "_building",
     }
 )

@@ -19,11 +19,17 @@ def check_plain(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: complex or integer parameters.
+        NotImplementedError: DTensors and other wrapped tensors.
         RuntimeError: meta tensors, sparse gradients, gradient or state of another shape.
     """
     if not param.is_floating_point():
         kind = "complex" if param.is_complex() else str(param.dtype)
         raise TypeError(f"{name} is {kind}: LoFTAdamW needs real floating-point parameters")
+    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(param):
+        raise NotImplementedError(
+            f"{name} is a {type(param).__name__}, which cannot share a step with whole LoRA "
+            "factors: give it to a torch.optim.AdamW of its own"
+        )
     if param.is_meta:
         raise RuntimeError(f"{name} is on the meta device: {META_CURE}")
     if param.grad is not None and param.grad.is_sparse:

@@ -8,6 +8,7 @@ line of JSON; differing replicas end the process with an error.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import warnings
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import loft_kernels as lk
@@ -30,7 +32,7 @@ class LoRALinear(nn.Module):
     def __init__(self, m: int, n: int, r: int) -> None:
         super().__init__()
         self.scaling = 2.0
-        self.register_buffer("base", torch.randn(m, n) / n**0.5)
+        self.base = nn.Parameter(torch.randn(m, n) / n**0.5, requires_grad=False)
         self.lora_B = nn.Parameter(torch.randn(m, r) / r)
         self.lora_A = nn.Parameter(torch.randn(r, n) / n**0.5)
 
@@ -57,6 +59,8 @@ def digest(net: nn.Module, opt: torch.optim.Optimizer) -> dict[str, str]:
     """Hash every parameter and every state tensor."""
     seen = {}
     for name, p in net.named_parameters():
+        if not p.requires_grad:
+            continue
         seen[name] = p.detach()
         seen |= {f"{name}.{key}": value for key, value in opt.state.get(p, {}).items()}
     seen["nonfinite_steps"] = opt.nonfinite_steps
@@ -80,6 +84,28 @@ def compare(net: nn.Module, opt: torch.optim.Optimizer, step: int) -> int:
     return len(gathered[0])
 
 
+def wrapped(net: Net, args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """Wrap in DDP; or shard the frozen base alone with FSDP2, adapters as rank 0 has them."""
+    if not args.fsdp:
+        return DistributedDataParallel(
+            net,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=args.bucket_views,
+        )
+    adapters = {p for p in net.parameters() if p.requires_grad}
+    for p in net.parameters():
+        dist.broadcast(p.data, 0)
+    return fully_shard(net, ignored_params=adapters)
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Do for adapters outside FSDP2 what DDP does."""
+    for p in module.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+
+
 def train(args: argparse.Namespace, device: torch.device) -> dict:
     """Train and compare; return what was seen."""
     rank, dtype = dist.get_rank(), getattr(torch, args.dtype)
@@ -88,22 +114,20 @@ def train(args: argparse.Namespace, device: torch.device) -> dict:
     for layer in net.layers:
         for factor in (layer.lora_A, layer.lora_B):
             factor.data = factor.data.to(dtype)
-        layer.base = layer.base.to(dtype)
+        layer.base.data = layer.base.data.to(dtype)
     net.norm.to(dtype)
-    ddp = DistributedDataParallel(
-        net,
-        device_ids=[device] if device.type == "cuda" else None,
-        gradient_as_bucket_view=args.bucket_views,
-    )
+    ddp = wrapped(net, args, device)
     opt = lk.LoFTAdamW(ddp, lr=1e-2, weight_decay=0.01, max_grad_norm=0.05)
     checks = tensors = 0
     for step in range(1, args.steps + 1):
         x = torch.randn(8, SIZES[args.device][0][1], device=device, dtype=dtype)
         if step == OVERFLOW_AT and rank == 0:
             x = x * float("inf")  # one rank overflows, all have to skip
-        with ddp.no_sync():
+        with contextlib.nullcontext() if args.fsdp else ddp.no_sync():
             ddp(x).float().square().mean().backward()
         (ddp(x.flip(1)).float() - 0.1).square().mean().backward()
+        if args.fsdp:
+            average_gradients(ddp)
         opt.step()
         opt.zero_grad()
         if step == args.drift_at and rank == 1:
@@ -118,8 +142,9 @@ def train(args: argparse.Namespace, device: torch.device) -> dict:
         "tensors": tensors,
         "skipped": int(opt.nonfinite_steps),
         "moved": int(next(iter(opt.state.values()))["step"]),
-        "finite": all(bool(p.isfinite().all()) for p in net.parameters()),
-        "prefix": opt.param_groups[0]["param_names"][0].split(".")[0],
+        "finite": all(bool(p.isfinite().all()) for p in opt.state),
+        "first": opt.param_groups[0]["param_names"][0],
+        "base": type(net.layers[0].base).__name__,
     }
 
 
@@ -132,6 +157,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--drift-at", type=int, default=0, help="spoil rank 1's state here")
     parser.add_argument("--bucket-views", action="store_true", help="gradients share a buffer")
+    parser.add_argument("--fsdp", action="store_true", help="shard the base, not the adapters")
     args = parser.parse_args()
     if args.device == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -30,7 +30,7 @@ def check(seen: dict, pairs: int) -> None:
     assert seen["skipped"] == 1
     assert seen["moved"] == 199
     assert seen["finite"]
-    assert seen["prefix"] == "module"
+    assert seen["first"] == "module.layers.0.lora_B"
     # Per factor: itself and at least step, two moments, basis and guard; the norm: 2 x (1 + 3).
     assert seen["tensors"] >= 2 * pairs * 6 + 8 + 1
 
@@ -45,6 +45,14 @@ def test_a_single_differing_bit_is_noticed():
     done = torchrun(WORKER, "--steps", "20", "--drift-at", "13")
     assert done.returncode != 0
     assert "after step 20 the replicas differ in" in done.stderr
+
+
+def test_whole_adapters_over_a_base_sharded_by_fsdp2():
+    """What the refusal of sharded factors tells the user to do."""
+    seen = run("--fsdp", "--steps", "40")
+    assert (seen["checks"], seen["skipped"], seen["moved"]) == (4, 1, 39)
+    assert seen["base"] == "DTensor"
+    assert seen["first"] == "layers.0.lora_B"
 
 
 @pytest.mark.gpu
