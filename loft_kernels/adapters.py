@@ -298,12 +298,14 @@ def _without_shared_memory(
     shared = _overlapping(pairs)
     if not shared:
         return pairs
-    first, second = next(iter(shared.values()))
-    if on_unsupported != "adamw":
+    # One tensor with two names is one parameter, which AdamW can serve. Two tensors over one
+    # storage (PEFT's ensure_weight_tying) would move it twice there as well.
+    views = [names for names in shared.values() if names[0] != names[1]]
+    if on_unsupported != "adamw" or views:
+        first, second = next(iter(views or shared.values()))
         raise ValueError(
             f"{first} and {second} share memory (tied adapters): each step would move it twice. "
-            "Untie them (PEFT: ensure_weight_tying=False, or adapt only one of the tied layers), "
-            "or use on_unsupported='adamw'"
+            "Untie them (PEFT: ensure_weight_tying=False, or adapt only one of the tied layers)"
         )
     kept = []
     for pair in pairs:
