@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 from loft_kernels.integrations.outer_clipping import outer_clipping
+from loft_kernels.state import state_bytes
 
 # Frames between the warning and the caller of `step`: the function here, `step` and torch's
 # wrapper around it.
 _CALLER = 4
+_SMALL = 2**30  # bytes of state that nobody needs to hear about
+
+
+def warn_memory(sizes: Sequence[tuple[int, int, int]]) -> None:
+    """Warn if the full second moment costs more than the training that it imitates.
+
+    Args:
+        sizes: (m, r, n) of every pair.
+    """
+    own = sum(state_bytes(m, n, r) + state_bytes(n, m, r) for m, r, n in sizes)
+    dense = sum(8 * m * n for m, _, n in sizes)
+    if own <= max(dense, _SMALL):
+        return
+    warnings.warn(
+        f"LoFT's state will take {own / 2**30:.1f} GiB, and AdamW's for the full weights would "
+        f"take {dense / 2**30:.1f} GiB: the second moment holds r(r+1)/2 numbers per row, and the "
+        f"largest rank is {max(r for _, r, _ in sizes)}. Lower the rank, or use "
+        "second_moment='diagonal'",
+        UserWarning,
+        stacklevel=_CALLER - 1,
+    )
 
 
 def warn_idle(pairs: int) -> None:

@@ -21,7 +21,7 @@ from loft_kernels.adapters import (
 from loft_kernels.clipping import check_max_norm, decide
 from loft_kernels.gather import Gathered, PairSlot, Place, check_options, step_options
 from loft_kernels.layers import as_matrix
-from loft_kernels.notices import warn_idle, warn_outer_clipping
+from loft_kernels.notices import warn_idle, warn_memory, warn_outer_clipping
 from loft_kernels.plain_adamw import adamw_step_, check_plain, start_plain_state_
 from loft_kernels.plan import Factor, Pair, SecondMoment, StepOptions
 from loft_kernels.state import FORMAT, check_pair, check_state, ready_state
@@ -118,6 +118,8 @@ class LoFTAdamW(Optimizer):
         super().__init__(params, defaults)
         self._building = False
         self._pair_up()
+        if second_moment == "full":
+            warn_memory([self._size(slot) for slot in self._slots])
         if not self._slots:
             warnings.warn(
                 "LoFTAdamW was given parameters without LoRA pairs, so it is plain AdamW. A list "
@@ -387,6 +389,11 @@ class LoFTAdamW(Optimizer):
         """Look up one pair's tensors, options and scaling as they are now."""
         b, a = self._factor(slot, slot.b), self._factor(slot, slot.a)
         return Pair(slot.name, b, a, slot.scaling.read(), self._shared_options(slot))
+
+    def _size(self, slot: PairSlot) -> tuple[int, int, int]:
+        """Return m, r and n of a pair."""
+        b, a = (self.param_groups[g]["params"][i] for g, i in (slot.b, slot.a))
+        return b.shape[0], a.shape[0], a.shape[1:].numel()
 
     def _factor(self, slot: PairSlot, place: Place) -> Factor:
         """Look up one factor of a pair as it is now."""
