@@ -80,6 +80,10 @@ def test_checkpoint_of_accelerate_resumes_bitwise(tmp_path):
     assert_same(run(range(6), resume=False), run(range(3, 6), resume=True), "resumed")
 
 
+def single_precision(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {k: torch.stack([s[k] for s in samples]).float() for k in samples[0]}
+
+
 class Overflow(transformers.TrainerCallback):
     """Make one gradient infinite at some steps, and look at everything around each step."""
 
@@ -100,10 +104,13 @@ class Overflow(transformers.TrainerCallback):
         self.calls += 1
 
 
-@pytest.mark.parametrize("overflows", [{2}, {0, 3}], ids=["odd-phase", "first-and-even-phase"])
-def test_overflow_in_a_trainer_run_changes_nothing_and_holds_the_scheduler(overflows, tmp_path):
-    """The scaler is put there by hand: a Trainer makes one for fp16 on a GPU only."""
-    model, seen = adapted(), Overflow(overflows)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("overflows", [{3}, {0, 2}], ids=["A-phase", "first-and-B-phase"])
+def test_overflow_in_a_trainer_run_changes_nothing_and_holds_the_scheduler(
+    overflows, device, tmp_path
+):
+    """On a CPU the scaler is put there by hand: a Trainer makes one for fp16 on a GPU only."""
+    model, seen = adapted().float(), Overflow(overflows)
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=6,
@@ -112,17 +119,21 @@ def test_overflow_in_a_trainer_run_changes_nothing_and_holds_the_scheduler(overf
         max_grad_norm=0.0,
         save_strategy="no",
         report_to="none",
-        use_cpu=True,
+        use_cpu=device == "cpu",
+        fp16=device == "cuda",
         disable_tqdm=True,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # no DataParallel where there are several
     trainer = transformers.Trainer(
         model=model,
         args=arguments,
         train_dataset=Samples(),
+        data_collator=single_precision,
         optimizer_cls_and_kwargs=(lk.LoFTFactory, OPTIONS),
         callbacks=[seen],
     )
-    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    if device == "cpu":
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     trainer.train()
     assert [call for call, unchanged, _, _ in seen.log if unchanged] == sorted(overflows)
     assert [call for call, _, skipped, _ in seen.log if skipped] == sorted(overflows)
@@ -132,7 +143,7 @@ def test_overflow_in_a_trainer_run_changes_nothing_and_holds_the_scheduler(overf
     assert len(set(rates)) == 6 - len(overflows)
     opt = trainer.optimizer.optimizer
     assert {int(s["step"]) for s in opt.state.values()} == {6 - len(overflows)}
-    assert trainer.optimizer.scaler.get_scale() == 2.0 ** (10 - len(overflows))
+    assert trainer.optimizer.scaler.get_scale() == 2.0 ** (16 - len(overflows))
 
 
 @pytest.mark.filterwarnings("ignore:Seems like `optimizer.step")
