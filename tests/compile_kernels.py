@@ -85,9 +85,16 @@ def main(capability: int, rank: int) -> None:
     compile_kernel(_solve_kernel, capability, common, 4 if width <= 32 else 8, 3)
     compile_kernel(_basis_kernel, capability, common, 4, 3)
     compile_kernel(_operands_kernel, capability, common, 4, 3)
-    narrow = {"R": configs.moment_width(rank), "WIDTH": width, "BLOCK_M": moments.rows}
-    narrow |= {"PRECISION": "tf32x3", "GRAD_DTYPE": tl.float32}
-    compile_kernel(_moments_kernel, capability, narrow, moments.warps, 3)
+    rows = common | {
+        "RANK": rank,
+        "CHUNK": moments.chunk,
+        "BLOCK_M": moments.rows,
+        "GROUP": moments.group,
+        "IDLE": moments.idle,
+        "COLUMNS_P": moments.columns,
+        "EXACT": False,
+    }
+    compile_kernel(_moments_kernel, capability, rows, moments.warps, 3)
     hot = common | {
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,

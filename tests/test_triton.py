@@ -72,7 +72,8 @@ class Case:
 
 CASES = [
     *(Case(f"r{r}", ranks=(r,)) for r in (1, 3, 8, 16)),
-    Case("r24", shapes=((33, 45),), ranks=(24,)),
+    *(Case(f"r{r}", shapes=((33, 45),), ranks=(r,)) for r in (4, 12, 17, 24, 32)),
+    *(Case(f"r{r}", shapes=((33, 70),), ranks=(r,)) for r in (48, 64)),
     Case("tile-edges", shapes=((64, 128), (65, 63), (127, 129)), ranks=(4,)),
     Case("one-row", shapes=((1, 7), (7, 1)), ranks=(2,)),
     Case("rank-above-size", shapes=((6, 40),), ranks=(9,)),

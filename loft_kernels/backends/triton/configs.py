@@ -37,20 +37,16 @@ _UPDATE_TILES = {
 }
 _FALLBACK = UpdateTile(64, 64, 4, 2)
 
+# Of `update_hopper`: registers leave room for four or three programs on a multiprocessor.
+_HOPPER_TILES = {
+    8: UpdateTile(64, 64, 4, 3, 128),
+    16: UpdateTile(64, 64, 4, 3, 168),
+}
+
 
 def padded_rank(rank: int) -> int:
     """Return the power of two, at least 16, that a contraction over the rank is padded to."""
     return max(16, 1 << (rank - 1).bit_length())
-
-
-def block_width(rank: int) -> int:
-    """Return the width of the blocks of Q whose outer products are contracted."""
-    return 4 if rank <= 4 else 8
-
-
-def blocks(rank: int) -> int:
-    """Return how many such blocks a rank has."""
-    return -(-rank // block_width(rank))
 
 
 def resident(rank: int) -> bool:
@@ -64,29 +60,49 @@ def update_tile(capability: int, rank: int) -> UpdateTile:
     return _UPDATE_TILES.get((capability, width), _FALLBACK)
 
 
-def moment_width(rank: int) -> int:
-    """Return the width of a row's tile in `moments`, which needs no matrix product below 16."""
+def hopper_tile(rank: int) -> UpdateTile:
+    """Return the tile of `update_hopper` for a rank up to 16."""
+    return _HOPPER_TILES[8 if rank <= 8 else 16]
+
+
+def narrow_rank(rank: int) -> int:
+    """Return the power of two, at least 2, that a tile of rows is padded to."""
     return max(2, 1 << (rank - 1).bit_length())
 
 
 @dataclass(frozen=True, slots=True)
 class MomentTile:
-    """Tile of `moments`: rows and warps of a program."""
+    """Tile of `moments`.
 
+    Attributes:
+        chunk: rows of a program.
+        rows: rows of g and m at a time.
+        group: rows of P at a time where the partner has changed; a power of two up to `rows`.
+        idle: rows of P at a time where it has not; a power of two up to `rows`.
+        columns: entries of a packed row at a time; up to rank 8 the whole row.
+        warps: warps of a program.
+        registers: limit per thread.
+    """
+
+    chunk: int
     rows: int
+    group: int
+    idle: int
+    columns: int
     warps: int
+    registers: int | None = None
 
 
+# At most 32 rows: Triton 3.6 cannot compile fp64 products of 64 rows for sm_100.
 _MOMENT_TILES = {
-    2: MomentTile(128, 4),
-    4: MomentTile(64, 4),
-    8: MomentTile(4, 1),
-    16: MomentTile(4, 1),
-    32: MomentTile(1, 1),
-    64: MomentTile(1, 4),
+    4: MomentTile(512, 32, 32, 32, 16, 4, 128),
+    8: MomentTile(512, 32, 16, 16, 64, 4),
+    16: MomentTile(256, 32, 8, 16, 128, 4, 128),
+    32: MomentTile(64, 32, 4, 16, 256, 4),
+    64: MomentTile(32, 32, 1, 16, 256, 4),
 }
 
 
 def moment_tile(rank: int) -> MomentTile:
     """Return the tile of `moments` for a rank."""
-    return _MOMENT_TILES[moment_width(rank)]
+    return _MOMENT_TILES[max(4, 1 << (rank - 1).bit_length())]

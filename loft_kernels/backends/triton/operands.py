@@ -1,12 +1,14 @@
 """Operands of the hot loop, written once and streamed many times.
 
-For every partner row j: the products ``(tau Q_j) (x) (tau Q_j)`` and the halves of ``tau Q_j``, in
-fp16. For every row i of the moving factor, above rank 16: the centred second moment
-``sigma_i^2 R_i`` (up to rank 16 it stays in the registers of ``update``).
+For every partner row j: the products ``(tau Q_j)_i (tau Q_j)_k`` in the order of packed entries,
+and the halves of ``tau Q_j``, in fp16. For every row of the moving factor, above rank 16: the
+centred second moment ``sigma^2 R`` (up to rank 16 it stays in the registers of ``update``). P is
+read twice there, the second time from the cache. Rows of the triangle are contiguous, so both are
+written row of the triangle by row, without gathers.
 
-The symmetric r x r contraction runs over pairs (p <= q) of B-wide blocks of Q: each is a slice of
-B^2 columns, and slices with p < q count twice, which is put into R. tau, a power of two near
-sqrt(partner rows / r), and sigma_i put the numbers into fp16's range; D does not notice.
+tau, a power of two near sqrt(partner rows / r), and sigma put the numbers into fp16's range; D
+does not notice. Off-diagonal entries stand once and count twice, which is put into R. The small
+helpers take their index tensors from the caller, so that kernels of any layout can use them.
 """
 
 from __future__ import annotations
@@ -14,8 +16,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loft_kernels.backends.triton.gram import load_rows
-from loft_kernels.backends.triton.moments import packed_index
 from loft_kernels.backends.triton.tables import (
     BIAS1,
     BIAS2,
@@ -40,30 +40,6 @@ def scale_of(partner_rows, rank):
 
 
 @triton.jit
-def _load_slice(p_ptr, o_row, rows, rank, p, q, B: tl.constexpr):
-    """Load the B x B block (p, q) of P of some rows, counted from p_ptr: ``rows x B^2``."""
-    o_pair = tl.arange(0, B * B)
-    i, j = B * p + o_pair // B, B * q + o_pair % B
-    packed = (rank * (rank + 1)) // 2
-    mask = (o_row[:, None] < rows) & ((i < rank) & (j < rank))[None, :]
-    return tl.load(p_ptr + (o_row[:, None] * packed + packed_index(i, j, rank)[None, :]), mask, 0.0)
-
-
-@triton.jit
-def _load_block(x_ptr, o_row, rows, rank, p, B: tl.constexpr):
-    """Load columns Bp .. Bp + B - 1 of a contiguous fp32 matrix: ``rows x B``."""
-    o_col = B * p + tl.arange(0, B)
-    mask = (o_row[:, None] < rows) & (o_col[None, :] < rank)
-    return tl.load(x_ptr + (o_row[:, None] * rank + o_col[None, :]), mask=mask, other=0.0)
-
-
-@triton.jit
-def _outer(x, y, COUNT: tl.constexpr, B: tl.constexpr):
-    """Form the row-wise outer products of two ``rows x B`` tiles: ``rows x B^2``."""
-    return tl.reshape(x[:, :, None] * y[:, None, :], (COUNT, B * B))
-
-
-@triton.jit
 def from_row(m_ptr, p_ptr, rows, start, rank):
     """Move m, P and the number of rows to start at a row, so that offsets fit 32 bits."""
     packed = (rank * (rank + 1)) // 2
@@ -71,46 +47,38 @@ def from_row(m_ptr, p_ptr, rows, start, rank):
 
 
 @triton.jit
-def _next_pair(p, q, NB: tl.constexpr):
-    """Step through the block pairs p <= q in the order (0, 0), (0, 1), ..., (1, 1), ..."""
-    wrap = q + 1 == NB
-    p = tl.where(wrap, p + 1, p)
-    return p, tl.where(wrap, p, q + 1)
+def pair_of(pairs_ptr, o_k, packed):
+    """Return the pair (i, j) of every packed entry; (0, 0) beyond the last."""
+    pair = tl.load(pairs_ptr + o_k, mask=o_k < packed, other=0)
+    return pair & 0xFFFF, pair >> 16
 
 
 @triton.jit
-def centre(
-    m_ptr,
-    p_ptr,
-    o_row,
-    rows,
-    rank,
-    bias1,
-    bias2,
-    BLOCK_M: tl.constexpr,
-    NB: tl.constexpr,
-    B: tl.constexpr,
-):
-    """Return a and sigma^2 of each row, from one pass over P.
+def outer_entries(x_ptr, o_row, rows, i, j, mask, rank):
+    """Form x_i x_j of some rows for some pairs: ``rows x pairs``."""
+    x_i = tl.load(x_ptr + (o_row[:, None] * rank + i[None, :]), mask=mask, other=0.0)
+    x_j = tl.load(x_ptr + (o_row[:, None] * rank + j[None, :]), mask=mask, other=0.0)
+    return x_i * x_j
+
+
+@triton.jit
+def moment_entries(m_ptr, p_ptr, pairs_ptr, o_row, rows, o_k, rank, bias1, bias2):
+    """Load a tile of P^ and form m^^T m^ and the weights (2 off the diagonal) beside it."""
+    packed = (rank * (rank + 1)) // 2
+    i, j = pair_of(pairs_ptr, o_k, packed)
+    mask = (o_row < rows)[:, None] & (o_k < packed)[None, :]
+    p = tl.load(p_ptr + (o_row[:, None] * packed + o_k[None, :]), mask=mask, other=0.0) / bias2
+    m_m = outer_entries(m_ptr, o_row, rows, i, j, mask, rank) / (bias1 * bias1)
+    return p, m_m, tl.where(i == j, 1.0, 2.0)
+
+
+@triton.jit
+def centre_of(p_sq, mpm, m_4):
+    """Return a and sigma^2 of each row from |P|_F^2, m P m^T and |m|^4.
 
     |R|_F^2 = |P|_F^2 - (m P m^T)^2 / |m|^4. Rounding limits it to about 3e-4 |P|_F; sigma is
     clamped there, which costs fp16 at most 11 bits of range and no accuracy.
     """
-    acc_p = tl.zeros((BLOCK_M, B * B), tl.float32)
-    acc_mpm = tl.zeros((BLOCK_M, B * B), tl.float32)
-    acc_m = tl.zeros((BLOCK_M, B), tl.float32)
-    p, q = 0, 0
-    for _ in range(0, (NB * (NB + 1)) // 2):
-        weight = tl.where(p == q, 1.0, 2.0)
-        m_p = _load_block(m_ptr, o_row, rows, rank, p, B) / bias1
-        m_q = _load_block(m_ptr, o_row, rows, rank, q, B) / bias1
-        acc_m += tl.where(p == q, m_p * m_p, 0.0)
-        block = _load_slice(p_ptr, o_row, rows, rank, p, q, B) / bias2
-        acc_p += weight * block * block
-        acc_mpm += weight * block * _outer(m_p, m_q, BLOCK_M, B)
-        p, q = _next_pair(p, q, NB)
-    p_sq, mpm, m_sq = tl.sum(acc_p, axis=1), tl.sum(acc_mpm, axis=1), tl.sum(acc_m, axis=1)
-    m_4 = m_sq * m_sq
     a = tl.where(m_4 > 0, mpm / tl.where(m_4 > 0, m_4, 1.0), 0.0)
     r_sq = tl.maximum(p_sq - a * mpm, p_sq * 2.384185791015625e-07)  # 2^-22
     sigma_sq = tl.where(r_sq > 0, tl.rsqrt(tl.where(r_sq > 0, r_sq, 1.0)), 1.0)
@@ -119,26 +87,36 @@ def centre(
 
 
 @triton.jit
-def residual_slice(
-    m_ptr,
-    p_ptr,
-    o_row,
-    rows,
-    rank,
-    a,
-    weight,
-    bias1,
-    bias2,
-    p,
-    q,
-    BLOCK_M: tl.constexpr,
-    B: tl.constexpr,
-):
-    """Form the slice (p, q) of R times a weight per row: ``rows x B^2`` fp32."""
-    m_p = _load_block(m_ptr, o_row, rows, rank, p, B) / bias1
-    m_q = _load_block(m_ptr, o_row, rows, rank, q, B) / bias1
-    block = _load_slice(p_ptr, o_row, rows, rank, p, q, B) / bias2
-    return (block - a[:, None] * _outer(m_p, m_q, BLOCK_M, B)) * weight[:, None]
+def half_column(o_col, rank, SPLIT: tl.constexpr):
+    """Return the column of Q or m that stands in each column of a block of halves, and its part."""
+    if SPLIT == 3:
+        part = o_col // rank
+    elif SPLIT == 2:
+        part = o_col // 8
+    else:
+        part = o_col * 0
+    width = rank if SPLIT == 3 else 8
+    col = o_col - part * width
+    return col, part, (col < rank) & (part < SPLIT)
+
+
+@triton.jit
+def load_half(x_ptr, o_row, rows, o_col, rank, scale, SPLIT: tl.constexpr, DTYPE: tl.constexpr):
+    """Load the entries of a block of halves, scaled: the high half, the low half and the part."""
+    col, part, valid = half_column(o_col, rank, SPLIT)
+    mask = (o_row < rows)[:, None] & valid[None, :]
+    x = tl.load(x_ptr + (o_row[:, None] * rank + col[None, :]), mask=mask, other=0.0) * scale
+    high = x.to(DTYPE)
+    return high, (x - high.to(tl.float32)).to(DTYPE), part
+
+
+@triton.jit
+def _clear_padding(out_ptr, o_row, width, packed, PRODUCTS: tl.constexpr, DTYPE: tl.constexpr):
+    """Clear the columns between the last packed entry and the next block of operands."""
+    o_col = packed + tl.arange(0, 64)
+    zero = tl.zeros((o_row.shape[0], 64), DTYPE)
+    mask = (o_col < PRODUCTS)[None, :] & (o_row >= 0)[:, None]
+    tl.store(out_ptr + (o_row[:, None] * width + o_col[None, :]), zero, mask=mask)
 
 
 @triton.jit
@@ -149,32 +127,39 @@ def _write_partner(
     out_ptr,
     rank,
     BLOCK: tl.constexpr,
+    N: tl.constexpr,
     R: tl.constexpr,
-    NB: tl.constexpr,
-    B: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Write the operands of a block of partner rows; rows beyond the last are zero."""
-    SLICES: tl.constexpr = (NB * (NB + 1)) // 2
-    WIDTH: tl.constexpr = SLICES * B * B + 2 * R
     basis = tl.load(row_ptr + PARTNER_BASIS)
     q_ptr = basis.to(tl.pointer_type(tl.float32)) + start * rank
-    o_row = start + tl.arange(0, BLOCK)
-    o_local, left = tl.arange(0, BLOCK), (partner_rows - start).to(tl.int32)
+    o_row, rows = tl.arange(0, BLOCK), (partner_rows - start).to(tl.int32)
+    live, o_j = o_row < rows, tl.arange(0, N)
     tau = scale_of(partner_rows, rank)
-    out_ptr += (tl.load(row_ptr + PARTNER_ROW) + o_row[:, None]) * WIDTH
-    o_r, o_pair = tl.arange(0, R), tl.arange(0, B * B)
-    q = load_rows(basis, rank, 1, o_row, partner_rows, rank, R, tl.float32) * tau
-    high = q.to(DTYPE)
-    tl.store(out_ptr + SLICES * B * B + o_r[None, :], high)
-    tl.store(out_ptr + SLICES * B * B + R + o_r[None, :], (q - high.to(tl.float32)).to(DTYPE))
-    p, s = 0, 0
-    for index in range(0, SLICES):
-        q_p = _load_block(q_ptr, o_local, left, rank, p, B) * tau
-        q_s = _load_block(q_ptr, o_local, left, rank, s, B) * tau
-        outer = _outer(q_p, q_s, BLOCK, B).to(DTYPE)
-        tl.store(out_ptr + index * B * B + o_pair[None, :], outer)
-        p, s = _next_pair(p, s, NB)
+    out_ptr += (tl.load(row_ptr + PARTNER_ROW) + start) * WIDTH
+    q_ptrs = q_ptr + o_row * rank
+    mask = live[:, None] & (o_j < rank)[None, :]
+    q = tl.load(q_ptrs[:, None] + o_j[None, :], mask=mask, other=0.0) * (tau * tau)
+    # Row i of the triangle: its entries (i, i) .. (i, r - 1) are contiguous.
+    o_out = o_row[:, None] * WIDTH + o_j[None, :]
+    for i in range(0, rank):
+        q_i = tl.load(q_ptrs + i, mask=live, other=0.0)
+        products = (q_i[:, None] * q).to(DTYPE)
+        tl.store(out_ptr + o_out, products, mask=((o_j >= i) & (o_j < rank))[None, :])
+        o_out += rank - 1 - i
+    _clear_padding(out_ptr, o_row, WIDTH, (rank * (rank + 1)) // 2, PRODUCTS, DTYPE)
+    o_col = tl.arange(0, R)
+    high, low, part = load_half(q_ptr, o_row, rows, o_col, rank, tau, SPLIT, DTYPE)
+    out = out_ptr + o_row[:, None] * WIDTH + PRODUCTS + o_col[None, :]
+    if SPLIT == 1:
+        tl.store(out + R, low)
+    else:
+        high = tl.where((part == SPLIT - 1)[None, :], low, high)
+    tl.store(out, high)
 
 
 @triton.jit
@@ -186,32 +171,50 @@ def _write_residual(
     centre_ptr,
     rank,
     BLOCK: tl.constexpr,
-    NB: tl.constexpr,
-    B: tl.constexpr,
+    N: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Write the centred second moment of a block of rows, and its a and sigma^2."""
-    WIDTH: tl.constexpr = (NB * (NB + 1)) // 2 * B * B
-    rows = tl.load(row_ptr + ROWS)
-    bias1 = tl.load(number_ptr + BIAS1).to(tl.float32)
-    bias2 = tl.load(number_ptr + BIAS2).to(tl.float32)
+    unbias1 = 1.0 / tl.load(number_ptr + BIAS1).to(tl.float32)
+    unbias2 = 1.0 / tl.load(number_ptr + BIAS2).to(tl.float32)
     m_ptr = tl.load(row_ptr + EXP_AVG).to(tl.pointer_type(tl.float32))
     p_ptr = tl.load(row_ptr + SECOND_MOMENT).to(tl.pointer_type(tl.float32))
-    m_ptr, p_ptr, rows = from_row(m_ptr, p_ptr, rows, start, rank)
-    o_row = tl.arange(0, BLOCK)
-    a, sigma_sq = centre(m_ptr, p_ptr, o_row, rows, rank, bias1, bias2, BLOCK, NB, B)
-    o_out = tl.load(row_ptr + RESIDUAL_ROW) + start + o_row
-    tl.store(centre_ptr + 2 * o_out, a)
-    tl.store(centre_ptr + 2 * o_out + 1, sigma_sq)
-    out_ptr += o_out[:, None] * WIDTH + tl.arange(0, B * B)[None, :]
-    p, q = 0, 0
-    for index in range(0, (NB * (NB + 1)) // 2):
-        weight = sigma_sq * tl.where(p == q, 1.0, 2.0)
-        block = residual_slice(
-            m_ptr, p_ptr, o_row, rows, rank, a, weight, bias1, bias2, p, q, BLOCK, B
-        )
-        tl.store(out_ptr + index * B * B, block.to(DTYPE))
-        p, q = _next_pair(p, q, NB)
+    m_ptr, p_ptr, rows = from_row(m_ptr, p_ptr, tl.load(row_ptr + ROWS), start, rank)
+    packed = (rank * (rank + 1)) // 2
+    o_row, o_j = tl.arange(0, BLOCK), tl.arange(0, N)
+    live = o_row < rows
+    mask = live[:, None] & (o_j < rank)[None, :]
+    m_ptrs = m_ptr + o_row * rank
+    m = tl.load(m_ptrs[:, None] + o_j[None, :], mask=mask, other=0.0) * unbias1
+    p_sq = tl.zeros((BLOCK, N), tl.float32)
+    mpm = tl.zeros((BLOCK, N), tl.float32)
+    o_p = o_row[:, None] * packed + o_j[None, :]
+    for i in range(0, rank):
+        m_i = tl.load(m_ptrs + i, mask=live, other=0.0) * unbias1
+        p = tl.load(p_ptr + o_p, mask=mask & (o_j >= i)[None, :], other=0.0) * unbias2
+        weighted = p * tl.where(o_j == i, 1.0, 2.0)[None, :]
+        p_sq += weighted * p
+        mpm += weighted * (m_i[:, None] * m)
+        o_p += rank - 1 - i
+    m_sq = tl.sum(m * m, axis=1)
+    a, sigma_sq = centre_of(tl.sum(p_sq, axis=1), tl.sum(mpm, axis=1), m_sq * m_sq)
+    first_row = tl.load(row_ptr + RESIDUAL_ROW) + start
+    tl.store(centre_ptr + 2 * (first_row + o_row), a)
+    tl.store(centre_ptr + 2 * (first_row + o_row) + 1, sigma_sq)
+    out_ptr += first_row * PRODUCTS
+    o_p = o_row[:, None] * packed + o_j[None, :]
+    o_out = o_row[:, None] * PRODUCTS + o_j[None, :]
+    for i in range(0, rank):
+        m_i = tl.load(m_ptrs + i, mask=live, other=0.0) * unbias1
+        p = tl.load(p_ptr + o_p, mask=mask & (o_j >= i)[None, :], other=0.0) * unbias2
+        residual = p - (a * m_i)[:, None] * m
+        residual *= sigma_sq[:, None] * tl.where(o_j == i, 1.0, 2.0)[None, :]
+        kept = ((o_j >= i) & (o_j < rank))[None, :]
+        tl.store(out_ptr + o_out, residual.to(DTYPE), mask=kept)
+        o_p += rank - 1 - i
+        o_out += rank - 1 - i
+    _clear_padding(out_ptr, o_row, PRODUCTS, packed, PRODUCTS, DTYPE)
 
 
 @triton.jit
@@ -225,9 +228,11 @@ def _operands_kernel(
     centre_ptr,
     rank,
     BLOCK: tl.constexpr,
+    N: tl.constexpr,
     R: tl.constexpr,
-    NB: tl.constexpr,
-    B: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     i_tile = tl.program_id(0).to(tl.int64)
@@ -239,8 +244,30 @@ def _operands_kernel(
     if (tl.load(number_ptr + MOVES) != 0) & (tl.load(decision_ptr + SKIP) == 0):
         if of_partner != 0:
             partner_rows = tl.load(table_ptr + (side ^ 1) * COLUMNS + ROWS)
-            _write_partner(row_ptr, start, partner_rows, partner_ptr, rank, BLOCK, R, NB, B, DTYPE)
+            _write_partner(
+                row_ptr,
+                start,
+                partner_rows,
+                partner_ptr,
+                rank,
+                BLOCK,
+                N,
+                R,
+                PRODUCTS,
+                WIDTH,
+                SPLIT,
+                DTYPE,
+            )
         else:
             _write_residual(
-                row_ptr, number_ptr, start, residual_ptr, centre_ptr, rank, BLOCK, NB, B, DTYPE
+                row_ptr,
+                number_ptr,
+                start,
+                residual_ptr,
+                centre_ptr,
+                rank,
+                BLOCK,
+                N,
+                PRODUCTS,
+                DTYPE,
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,8 +24,10 @@ from loft_kernels.backends.triton.basis import _basis_kernel
 from loft_kernels.backends.triton.gram import _gram_kernel
 from loft_kernels.backends.triton.moments import _moments_kernel
 from loft_kernels.backends.triton.operands import _operands_kernel
+from loft_kernels.backends.triton.packing import packing, pair_table
 from loft_kernels.backends.triton.solve import _solve_kernel
 from loft_kernels.backends.triton.update import _update_kernel
+from loft_kernels.backends.triton.update_hopper import _update_hopper_kernel, hopper_descriptor
 from loft_kernels.plan import Pair
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -124,6 +126,7 @@ class LaunchPlan:
         self._tables: dict[tuple, tuple[tuple, Tensor, Tensor]] = {}
         self._layouts: dict[tuple, tuple[tuple, Layout]] = {}
         self._uploaded: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._constants: dict[tuple, Tensor] = {}
 
     def step(
         self,
@@ -214,10 +217,17 @@ class LaunchPlan:
         self._tables[key] = (moving, host, table)
         return table
 
+    def constant(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+        """Return a tensor that never changes, made and brought to the device once."""
+        if key not in self._constants:
+            self._constants[key] = make().to(self.device)
+        return self._constants[key]
+
     def layout(
-        self, key: tuple, members: Sequence[Pair], alternate: bool, *, known: bool
+        self, key: tuple, members: Sequence[Pair], alternate: bool, hopper: bool, *, known: bool
     ) -> Layout:
         """Return the tiles and workspace of a bucket, built anew when its pairs change."""
+        key = (*key, hopper)
         if known and key in self._layouts:
             return self._layouts[key][1]
         signature = (
@@ -229,16 +239,18 @@ class LaunchPlan:
         )
         cached = self._layouts.get(key)
         if cached is None or cached[0] != signature:
-            cached = (signature, self._new_layout(key[0], members, alternate))
+            cached = (signature, self._new_layout(key[0], members, alternate, hopper))
             self._layouts[key] = cached
         return cached[1]
 
-    def _new_layout(self, rank: int, members: Sequence[Pair], alternate: bool) -> Layout:
+    def _new_layout(
+        self, rank: int, members: Sequence[Pair], alternate: bool, hopper: bool
+    ) -> Layout:
         """Lay out tiles and workspace; reads the step counts once, the only synchronisation."""
         shapes = [(p.b.param.shape[0], p.a.param.shape[1]) for p in members]
         both = all(p.b.grad is not None and p.a.grad is not None for p in members)
         shared = alternate and both and len(_phases(members)) == 1
-        tile = configs.update_tile(self.capability, rank)
+        tile = configs.hopper_tile(rank) if hopper else configs.update_tile(self.capability, rank)
         size = -(-len(members) // _PARTS)
         places: list[tuple[int, int]] = []
         parts = []
@@ -265,7 +277,7 @@ class LaunchPlan:
             )
         return Layout(
             tables.row_tiles(members, configs.CHUNK_ROWS).to(self.device),
-            tables.row_tiles(members, configs.moment_tile(rank).rows).to(self.device),
+            tables.row_tiles(members, configs.moment_tile(rank).chunk).to(self.device),
             places,
             parts,
             tile,
@@ -307,7 +319,10 @@ class _BucketLaunch:
         self.width = configs.padded_rank(self.rank)
         self.exact = exact
         self.device = plan.device
-        self.layout = plan.layout(key, pairs, self.options.alternate, known=known)
+        self.hopper = plan.capability == 9 and configs.resident(self.rank) and not exact
+        self.packing = packing(self.rank)
+        self.pair_table = plan.constant(("pairs", self.rank), partial(pair_table, self.rank))
+        self.layout = plan.layout(key, pairs, self.options.alternate, self.hopper, known=known)
         self.sides = 2 * len(pairs)
         self.table = plan.table(key, pairs, self.layout, known=known)
         self.hyper = self._hyper(plan, key, pairs[0], max_norm)
@@ -397,6 +412,7 @@ class _BucketLaunch:
 
     def write(self, decision: Tensor) -> None:
         """Advance the moments and move the factors."""
+        tile = configs.moment_tile(self.rank)
         _moments_kernel[(len(self.layout.moment_tiles),)](
             table_ptr=self.table,
             tiles_ptr=self.layout.moment_tiles,
@@ -405,67 +421,94 @@ class _BucketLaunch:
             inverse_ptr=self.inverse,
             change_ptr=self.change,
             changed_ptr=self.changed,
-            rank=self.rank,
-            BLOCK_M=configs.moment_tile(self.rank).rows,
-            R=configs.moment_width(self.rank),
-            WIDTH=self.width,
+            RANK=self.rank,
+            R=self.width,
+            CHUNK=tile.chunk,
+            BLOCK_M=tile.rows,
+            GROUP=tile.group,
+            IDLE=tile.idle,
+            COLUMNS_P=tile.columns,
             GRAD_DTYPE=_DTYPES[self.grad_dtype],
-            PRECISION="ieee" if self.exact else "tf32x3",
-            num_warps=configs.moment_tile(self.rank).warps,
+            EXACT=self.exact,
+            num_warps=tile.warps,
+            maxnreg=tile.registers if self.device.type == "cuda" else None,
         )
         for part in self.layout.parts:
             self._move(part, decision)
 
     def _move(self, part: Part, decision: Tensor) -> None:
         """Write the operands of some pairs and move their factors."""
-        blocks, width = configs.blocks(self.rank), configs.block_width(self.rank)
-        resident, tile = configs.resident(self.rank), self.layout.tile
-        slices = blocks * (blocks + 1) // 2
-        products = slices * width * width
-        dtype = torch.float32 if self.exact else torch.float16
-        empty = partial(torch.empty, dtype=dtype, device=self.device)
-        partner = empty((part.partner_rows, products + 2 * self.width))
+        columns, tile = self.packing, self.layout.tile
+        resident = configs.resident(self.rank)
+        empty = partial(
+            torch.empty,
+            dtype=torch.float32 if self.exact else torch.float16,
+            device=self.device,
+        )
+        partner = empty((part.partner_rows, columns.width))
         # A descriptor needs an address even where nothing is behind it.
-        residual = empty((max(1, part.residual_rows), products))
+        residual = empty((max(1, part.residual_rows), columns.products))
         centre = torch.empty((part.residual_rows, 2), dtype=torch.float32, device=self.device)
         common = {
             "table_ptr": self.table,
             "decision_ptr": decision,
             "numbers_ptr": self.numbers,
-            "centre_ptr": centre,
             "rank": self.rank,
             "R": self.width,
-            "NB": blocks,
-            "B": width,
+            "SPLIT": columns.split,
         }
         _operands_kernel[(len(part.operand_tiles),)](
             **common,
             tiles_ptr=part.operand_tiles,
             partner_ptr=partner,
             residual_ptr=residual,
+            centre_ptr=centre,
             BLOCK=configs.OPERAND_ROWS,
+            PRODUCTS=columns.products,
+            WIDTH=columns.width,
+            N=configs.narrow_rank(self.rank),
             DTYPE=tl.float32 if self.exact else tl.float16,
             num_warps=4,
         )
-        slice_ = width * width
+        common |= {
+            "tiles_ptr": part.update_tiles,
+            "hyper_ptr": self.hyper,
+            "inverse_ptr": self.inverse,
+            "pairs_ptr": self.pair_table,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "MAIN": columns.main,
+            "TAIL": columns.tail,
+            "HAS_MASTER": self.param_dtype != torch.float32,
+            "PARAM_DTYPE": _DTYPES[self.param_dtype],
+            "num_warps": tile.warps,
+            "maxnreg": tile.registers if self.device.type == "cuda" else None,
+        }
+        tail = columns.tail or 16
+        if self.hopper:
+            descriptor = hopper_descriptor
+            _update_hopper_kernel[(len(part.update_tiles),)](
+                **common,
+                main=descriptor(partner, [tile.block_n, columns.main]),
+                tail=descriptor(partner, [tile.block_n, tail]),
+                halves=descriptor(partner, [tile.block_n, self.width]),
+                STAGES=tile.stages,
+            )
+            return
+        describe = TensorDescriptor.from_tensor
         _update_kernel[(len(part.update_tiles),)](
             **common,
-            tiles_ptr=part.update_tiles,
-            hyper_ptr=self.hyper,
-            inverse_ptr=self.inverse,
-            products=TensorDescriptor.from_tensor(partner, [tile.block_n, slice_]),
-            halves=TensorDescriptor.from_tensor(partner, [tile.block_n, self.width]),
-            residual=TensorDescriptor.from_tensor(residual, [tile.block_m, slice_]),
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
+            centre_ptr=centre,
+            main=describe(partner, [tile.block_n, columns.main]),
+            tail=describe(partner, [tile.block_n, tail]),
+            halves=describe(partner, [tile.block_n, self.width]),
+            residual_main=describe(residual, [tile.block_m, columns.main]),
+            residual_tail=describe(residual, [tile.block_m, tail]),
+            BLOCKS=columns.blocks,
             RESIDENT=resident,
-            HAS_MASTER=self.param_dtype != torch.float32,
-            PARAM_DTYPE=_DTYPES[self.param_dtype],
             EXACT=self.exact,
             ASM=self.device.type == "cuda",
-            num_warps=tile.warps,
             num_stages=tile.stages,
-            maxnreg=tile.registers if self.device.type == "cuda" else None,
         )
 
 

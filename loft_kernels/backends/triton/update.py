@@ -10,7 +10,10 @@ and at the end ``X <- (1 - lr wd) X - (lr / s) (D Q) L^+``. The second moment is
 ``R = P^ - a m^^T m^`` with ``a = m^ P^ m^^T / |m^|^4``, so that fp16 touches only the residual,
 and m~ is the sum of three products of fp16 halves. ``operands`` prepares what is streamed; tiles
 arrive through the tensor memory accelerator. No m x n tensor exists. Up to rank 16 a row's R stays
-beside the tiles; above, the contraction over the slices of R is a GEMM main loop of its own.
+beside the tiles; above, the contraction over the blocks of R is a GEMM main loop of its own.
+
+This is the kernel of every GPU and of the interpreter; ``update_hopper`` is the same step for
+compute capability 9.0, with the tensor cores driven by hand.
 """
 
 from __future__ import annotations
@@ -18,8 +21,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loft_kernels.backends.triton.gram import load_rows
-from loft_kernels.backends.triton.operands import centre, from_row, residual_slice, scale_of
+from loft_kernels.backends.triton.operands import (
+    centre_of,
+    from_row,
+    load_half,
+    moment_entries,
+    scale_of,
+)
 from loft_kernels.backends.triton.tables import (
     BIAS1,
     BIAS2,
@@ -46,40 +54,127 @@ from loft_kernels.backends.triton.tables import (
 
 
 @triton.jit
-def _entries(m, dot, a, floor, eps, EXACT: tl.constexpr, ASM: tl.constexpr):
-    """Return D for one tile; the guard keeps v at or above m~^2 / bound, and above 0."""
+def two_entries(m, v, eps):
+    """Return ``m / (sqrt(v) + eps)`` in fp16, two entries at a time.
+
+    One reciprocal of a product serves two divisions: three special functions for two entries. v
+    is at least 1e-37, so that the product is a normal number.
+    """
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .f32 s, t, q, d, e;
+        sqrt.approx.ftz.f32 s, $3;
+        sqrt.approx.ftz.f32 t, $4;
+        add.ftz.f32 s, s, $5;
+        add.ftz.f32 t, t, $6;
+        mul.ftz.f32 q, s, t;
+        rcp.approx.ftz.f32 q, q;
+        mul.ftz.f32 d, $1, t;
+        mul.ftz.f32 e, $2, s;
+        mul.ftz.f32 d, d, q;
+        mul.ftz.f32 e, e, q;
+        cvt.rn.f16x2.f32 $0, e, d;
+        }
+        """,
+        "=r,f,f,f,f,f,f",
+        [m, v, eps],
+        dtype=tl.float16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def guarded(m, dot, a, floor):
+    """Return v: the centred sum, held at or above m~^2 / bound, and above 0."""
     m_sq = m * m
-    v = tl.maximum(a[:, None] * m_sq + dot, m_sq * floor + 1e-37)
+    return tl.maximum(a[:, None] * m_sq + dot, m_sq * floor + 1e-37)
+
+
+@triton.jit
+def _entries(m, dot, a, floor, eps, EXACT: tl.constexpr, ASM: tl.constexpr):
+    """Return D for one tile, in the dtype of the operands."""
+    v = guarded(m, dot, a, floor)
     if EXACT:
-        return tl.where(m_sq > 0, tl.div_rn(m, tl.sqrt_rn(v) + eps[:, None]), 0.0)
-    eps = tl.broadcast_to(eps[:, None], m.shape)
+        return tl.where(m * m > 0, tl.div_rn(m, tl.sqrt_rn(v) + eps[:, None]), 0.0)
     if ASM:
-        # x = eps / sqrt(v): below 2^-8 a polynomial of 1 / (1 + x) is exact to 6e-8 and spares the
-        # special-function unit, which binds here; predicated off, the reciprocal costs it nothing.
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .pred far;
-            .reg .f32 y, x, w;
-            rsqrt.approx.ftz.f32 y, $2;
-            mul.f32 x, y, $3;
-            setp.gt.f32 far, x, 0f3B800000;
-            add.f32 w, x, 0fBF800000;
-            fma.rn.f32 w, w, x, 0f3F800000;
-            @far add.f32 x, x, 0f3F800000;
-            @far rcp.approx.ftz.f32 w, x;
-            mul.f32 y, y, w;
-            mul.f32 $0, y, $1;
-            }
-            """,
-            "=f,f,f,f",
-            [m, v, eps],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
+        return two_entries(m, v, tl.broadcast_to(eps[:, None], m.shape))
+    return (m / (tl.sqrt(v) + eps[:, None])).to(tl.float16)
+
+
+@triton.jit
+def move_rows(
+    row_ptr,
+    hyper_ptr,
+    side,
+    direction,
+    o_row,
+    rows,
+    o_r,
+    rank,
+    HAS_MASTER: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr,
+):
+    """Write ``X <- (1 - lr wd) X - (lr / s) direction`` for some rows; direction is fp64."""
+    lr = tl.load(hyper_ptr + tl.where(side % 2 == 0, LR_B, LR_A))
+    scaling = tl.load(row_ptr + SCALING).to(tl.float64, bitcast=True)
+    kept = 1.0 - lr * tl.load(hyper_ptr + WEIGHT_DECAY)
+    x_ptr = tl.load(row_ptr + PARAM).to(tl.pointer_type(PARAM_DTYPE))
+    stride_row = tl.load(row_ptr + PARAM_STRIDE_ROW)
+    stride_col = tl.load(row_ptr + PARAM_STRIDE_COL)
+    x_ptr = x_ptr + o_row[:, None] * stride_row + o_r[None, :] * stride_col
+    mask = (o_row[:, None] < rows) & (o_r[None, :] < rank)
+    stored = tl.load(x_ptr, mask=mask, other=0.0)
+    x = stored.to(tl.float32)
+    if HAS_MASTER:
+        w_ptr = tl.load(row_ptr + MASTER).to(tl.pointer_type(tl.float32))
+        w_ptr = w_ptr + o_row[:, None] * rank + o_r[None, :]
+        master = tl.load(w_ptr, mask=mask, other=0.0)
+        # Entries that someone changed since the master was rounded are taken over.
+        x = tl.where(master.to(PARAM_DTYPE) == stored, master, x)
+    x = (x.to(tl.float64) * kept - direction * (lr / scaling)).to(tl.float32)
+    if HAS_MASTER:
+        tl.store(w_ptr, x, mask=mask)
+    tl.store(x_ptr, x.to(PARAM_DTYPE), mask=mask)
+
+
+@triton.jit
+def _residual_rows(
+    m_ptr,
+    p_ptr,
+    pairs_ptr,
+    o_row,
+    rows,
+    rank,
+    bias1,
+    bias2,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Form a, sigma^2 and the centred second moment of some rows; up to rank 16."""
+    o_k = tl.arange(0, MAIN)
+    p, m_m, weight = moment_entries(m_ptr, p_ptr, pairs_ptr, o_row, rows, o_k, rank, bias1, bias2)
+    weight = weight[None, :]
+    p_sq = tl.sum(weight * p * p, axis=1)
+    mpm = tl.sum(weight * p * m_m, axis=1)
+    m_4 = tl.sum(weight * m_m * m_m, axis=1)
+    if TAIL > 0:
+        o_t = MAIN + tl.arange(0, TAIL)
+        p_t, m_m_t, weight_t = moment_entries(
+            m_ptr, p_ptr, pairs_ptr, o_row, rows, o_t, rank, bias1, bias2
         )
-    y = tl.rsqrt(v)
-    return m * (y / (1.0 + y * eps))
+        weight_t = weight_t[None, :]
+        p_sq += tl.sum(weight_t * p_t * p_t, axis=1)
+        mpm += tl.sum(weight_t * p_t * m_m_t, axis=1)
+        m_4 += tl.sum(weight_t * m_m_t * m_m_t, axis=1)
+    a, sigma_sq = centre_of(p_sq, mpm, m_4)
+    main = ((p - a[:, None] * m_m) * (sigma_sq[:, None] * weight)).to(DTYPE)
+    tail = main
+    if TAIL > 0:
+        tail = ((p_t - a[:, None] * m_m_t) * (sigma_sq[:, None] * weight_t)).to(DTYPE)
+    return a, sigma_sq, main, tail
 
 
 @triton.jit
@@ -90,16 +185,21 @@ def _update_kernel(
     decision_ptr,
     numbers_ptr,
     inverse_ptr,
-    products,
-    halves,
-    residual,
+    pairs_ptr,
     centre_ptr,
+    main,
+    tail,
+    halves,
+    residual_main,
+    residual_tail,
     rank,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     R: tl.constexpr,
-    NB: tl.constexpr,
-    B: tl.constexpr,
+    MAIN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TAIL: tl.constexpr,
+    SPLIT: tl.constexpr,
     RESIDENT: tl.constexpr,
     HAS_MASTER: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
@@ -112,6 +212,7 @@ def _update_kernel(
     row_ptr = table_ptr + side * COLUMNS
     if (tl.load(numbers_ptr + side * NUMBERS + MOVES) != 0) & (tl.load(decision_ptr + SKIP) == 0):
         OPERAND: tl.constexpr = tl.float32 if EXACT else tl.float16
+        PRODUCTS: tl.constexpr = MAIN * BLOCKS + TAIL
         PRECISION: tl.constexpr = "ieee"
         rows = tl.load(row_ptr + ROWS)
         partner_rows = tl.load(table_ptr + (side ^ 1) * COLUMNS + ROWS)
@@ -120,99 +221,75 @@ def _update_kernel(
         floor = (1.0 / tl.load(numbers_ptr + side * NUMBERS + BOUND)).to(tl.float32)
         m_ptr = tl.load(row_ptr + EXP_AVG).to(tl.pointer_type(tl.float32))
         p_ptr = tl.load(row_ptr + SECOND_MOMENT).to(tl.pointer_type(tl.float32))
-        o_row = start + tl.arange(0, BLOCK_M)
-        o_r = tl.arange(0, R)
+        m_ptr, p_ptr, left = from_row(m_ptr, p_ptr, rows, start, rank)
+        o_row = tl.arange(0, BLOCK_M)
         tau = scale_of(partner_rows, rank)
 
         # The rows' operands: sigma m in two halves, and the residual.
         if RESIDENT:
-            m_ptr, p_ptr, left = from_row(m_ptr, p_ptr, rows, start, rank)
-            o_local = tl.arange(0, BLOCK_M)
-            a, sigma_sq = centre(m_ptr, p_ptr, o_local, left, rank, bias1, bias2, BLOCK_M, NB, B)
+            a, sigma_sq, r_main, r_tail = _residual_rows(
+                m_ptr, p_ptr, pairs_ptr, o_row, left, rank, bias1, bias2, MAIN, TAIL, OPERAND
+            )
         else:
-            first = tl.load(row_ptr + RESIDUAL_ROW)
-            o_residual = (first + start).to(tl.int32)
+            first = tl.load(row_ptr + RESIDUAL_ROW) + start
             a = tl.load(centre_ptr + 2 * (first + o_row))
             sigma_sq = tl.load(centre_ptr + 2 * (first + o_row) + 1)
+            o_residual = first.to(tl.int32)
         sigma = tl.sqrt(sigma_sq)
         eps = tl.load(hyper_ptr + EPS).to(tl.float32) * sigma * tau
-        m = load_rows(tl.load(row_ptr + EXP_AVG), rank, 1, o_row, rows, rank, R, tl.float32)
-        m = m / bias1 * sigma[:, None]
-        m_high = m.to(OPERAND)
-        m_low = (m - m_high.to(tl.float32)).to(OPERAND)
-        if RESIDENT:
-            r_00 = residual_slice(
-                m_ptr, p_ptr, o_local, left, rank, a, sigma_sq, bias1, bias2, 0, 0, BLOCK_M, B
-            ).to(OPERAND)
-            if NB == 2:
-                r_01 = residual_slice(
-                    m_ptr,
-                    p_ptr,
-                    o_local,
-                    left,
-                    rank,
-                    a,
-                    2 * sigma_sq,
-                    bias1,
-                    bias2,
-                    0,
-                    1,
-                    BLOCK_M,
-                    B,
-                ).to(OPERAND)
-                r_11 = residual_slice(
-                    m_ptr, p_ptr, o_local, left, rank, a, sigma_sq, bias1, bias2, 1, 1, BLOCK_M, B
-                ).to(OPERAND)
+        m_high, m_low, part = load_half(
+            m_ptr, o_row, left, tl.arange(0, R), rank, sigma[:, None] / bias1, SPLIT, OPERAND
+        )
+        if SPLIT == 3:
+            m_high = tl.where((part == 1)[None, :], m_low, m_high)
+        if SPLIT == 2:
+            m_low = tl.where((part == 0)[None, :], m_low, 0.0)
 
-        SLICES: tl.constexpr = (NB * (NB + 1)) // 2
-        S: tl.constexpr = B * B
         o_partner = tl.load(row_ptr + PARTNER_ROW).to(tl.int32)
         acc = tl.zeros((BLOCK_M, R), tl.float32)
         for j in range(0, partner_rows.to(tl.int32), BLOCK_N):
-            q_high = halves.load([o_partner + j, SLICES * S])
-            q_low = halves.load([o_partner + j, SLICES * S + R])
-            m_tile = tl.dot(m_high, tl.trans(q_high), input_precision=PRECISION)
-            if not EXACT:
-                m_tile = tl.dot(m_low, tl.trans(q_high), m_tile)
-                m_tile = tl.dot(m_high, tl.trans(q_low), m_tile)
+            q = halves.load([o_partner + j, PRODUCTS])
+            m_tile = tl.dot(m_high, tl.trans(q), input_precision=PRECISION)
+            if (SPLIT < 3) & (not EXACT):
+                m_tile = tl.dot(m_low, tl.trans(q), m_tile, input_precision=PRECISION)
+            if (SPLIT == 1) & (not EXACT):
+                q_low = halves.load([o_partner + j, PRODUCTS + R])
+                m_tile = tl.dot(m_high, tl.trans(q_low), m_tile, input_precision=PRECISION)
             if RESIDENT:
-                product = products.load([o_partner + j, 0])
-                dot = tl.dot(r_00, tl.trans(product), input_precision=PRECISION)
-                if NB == 2:
-                    product = products.load([o_partner + j, S])
-                    dot = tl.dot(r_01, tl.trans(product), dot, input_precision=PRECISION)
-                    product = products.load([o_partner + j, 2 * S])
-                    dot = tl.dot(r_11, tl.trans(product), dot, input_precision=PRECISION)
+                dot = tl.dot(
+                    r_main, tl.trans(main.load([o_partner + j, 0])), input_precision=PRECISION
+                )
+                if TAIL > 0:
+                    product = tail.load([o_partner + j, MAIN])
+                    dot = tl.dot(r_tail, tl.trans(product), dot, input_precision=PRECISION)
             else:
                 dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                for k in range(0, SLICES):
-                    rows_of = residual.load([o_residual, k * S])
-                    product = products.load([o_partner + j, k * S])
+                for k in range(0, BLOCKS):
+                    rows_of = residual_main.load([o_residual, k * MAIN])
+                    product = main.load([o_partner + j, k * MAIN])
+                    dot = tl.dot(rows_of, tl.trans(product), dot, input_precision=PRECISION)
+                if TAIL > 0:
+                    rows_of = residual_tail.load([o_residual, BLOCKS * MAIN])
+                    product = tail.load([o_partner + j, BLOCKS * MAIN])
                     dot = tl.dot(rows_of, tl.trans(product), dot, input_precision=PRECISION)
             d = _entries(m_tile, dot, a, floor, eps, EXACT, ASM)
-            acc = tl.dot(d.to(OPERAND), q_high, acc, input_precision=PRECISION)
+            acc = tl.dot(d, q, acc, input_precision=PRECISION)
 
-        # X <- (1 - lr wd) X - (lr / s) (D Q) L^+, in fp64: L^+ carries the partner's condition.
-        o_rr = o_r[:, None] * R + o_r[None, :]
-        inverse = tl.load(inverse_ptr + (side ^ 1) * R * R + o_rr)
-        direction = tl.dot((acc / tau).to(tl.float64), inverse, out_dtype=tl.float64)
-        lr = tl.load(hyper_ptr + tl.where(side % 2 == 0, LR_B, LR_A))
-        scaling = tl.load(row_ptr + SCALING).to(tl.float64, bitcast=True)
-        kept = 1.0 - lr * tl.load(hyper_ptr + WEIGHT_DECAY)
-        x_ptr = tl.load(row_ptr + PARAM).to(tl.pointer_type(PARAM_DTYPE))
-        stride_row = tl.load(row_ptr + PARAM_STRIDE_ROW)
-        stride_col = tl.load(row_ptr + PARAM_STRIDE_COL)
-        x_ptr = x_ptr + o_row[:, None] * stride_row + o_r[None, :] * stride_col
-        mask = (o_row[:, None] < rows) & (o_r[None, :] < rank)
-        stored = tl.load(x_ptr, mask=mask, other=0.0)
-        x = stored.to(tl.float32)
-        if HAS_MASTER:
-            w_ptr = tl.load(row_ptr + MASTER).to(tl.pointer_type(tl.float32))
-            w_ptr = w_ptr + o_row[:, None] * rank + o_r[None, :]
-            master = tl.load(w_ptr, mask=mask, other=0.0)
-            # Entries that someone changed since the master was rounded are taken over.
-            x = tl.where(master.to(PARAM_DTYPE) == stored, master, x)
-        x = (x.to(tl.float64) * kept - direction * (lr / scaling)).to(tl.float32)
-        if HAS_MASTER:
-            tl.store(w_ptr, x, mask=mask)
-        tl.store(x_ptr, x.to(PARAM_DTYPE), mask=mask)
+        # In fp64, because L^+ carries the partner's condition.
+        o_r = tl.arange(0, R)
+        inverse = tl.load(inverse_ptr + (side ^ 1) * R * R + o_r[:, None] * R + o_r[None, :])
+        live = (o_r < rank)[None, :]
+        projected = tl.where(live, acc / tau, 0.0).to(tl.float64)
+        direction = tl.dot(projected, inverse, out_dtype=tl.float64)
+        move_rows(
+            row_ptr,
+            hyper_ptr,
+            side,
+            direction,
+            start + o_row,
+            rows,
+            o_r,
+            rank,
+            HAS_MASTER,
+            PARAM_DTYPE,
+        )

@@ -1,0 +1,277 @@
+"""The hot loop for compute capability 9.0 and ranks up to 16, in Gluon; see ``update``.
+
+Same tiles, operands and arithmetic as ``update``. What is different: a row's residual stays in
+registers as the left operand of the tensor cores instead of being fetched again for every tile,
+all products of a tile are in flight together, the projection ``D Q`` of a tile runs under the
+products of the next one, and one barrier covers everything a tile needs. Several programs share a
+multiprocessor, so that one's entries hide another's products.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from loft_kernels.backends.triton.operands import (
+    centre_of,
+    from_row,
+    load_half,
+    moment_entries,
+    scale_of,
+)
+from loft_kernels.backends.triton.tables import (
+    BIAS1,
+    BIAS2,
+    BOUND,
+    COLUMNS,
+    EPS,
+    EXP_AVG,
+    MOVES,
+    NUMBERS,
+    PARTNER_ROW,
+    ROWS,
+    SECOND_MOMENT,
+    SKIP,
+)
+from loft_kernels.backends.triton.update import guarded, move_rows, two_entries
+
+
+def hopper_descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    """Describe tiles of a matrix to the tensor memory accelerator."""
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.float16)
+    return TensorDescriptor.from_tensor(tensor, block, layout)
+
+
+@gluon.jit
+def _fetch(
+    t,
+    o_partner,
+    main,
+    tail,
+    halves,
+    s_main,
+    s_tail,
+    s_halves,
+    ready,
+    live,
+    BLOCK_N: gl.constexpr,
+    MAIN: gl.constexpr,
+    TAIL: gl.constexpr,
+    SPLIT: gl.constexpr,
+    R: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Start to fetch all operands of tile t into its slot."""
+    WIDTH: gl.constexpr = MAIN + TAIL + (2 * R if SPLIT == 1 else R)
+    slot = t % STAGES
+    row = o_partner + t * BLOCK_N
+    mbarrier.expect(ready.index(slot), BLOCK_N * WIDTH * 2, pred=live)
+    tma.async_copy_global_to_shared(
+        main, [row, 0], ready.index(slot), s_main.index(slot), pred=live
+    )
+    if TAIL > 0:
+        tma.async_copy_global_to_shared(
+            tail, [row, MAIN], ready.index(slot), s_tail.index(slot), pred=live
+        )
+    BOTH: gl.constexpr = 2 if SPLIT == 1 else 1
+    for part in gl.static_range(BOTH):
+        tma.async_copy_global_to_shared(
+            halves,
+            [row, MAIN + TAIL + part * R],
+            ready.index(slot),
+            s_halves.index(BOTH * slot + part),
+            pred=live,
+        )
+
+
+@gluon.jit
+def _update_hopper_kernel(
+    table_ptr,
+    tiles_ptr,
+    hyper_ptr,
+    decision_ptr,
+    numbers_ptr,
+    inverse_ptr,
+    pairs_ptr,
+    main,
+    tail,
+    halves,
+    rank,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    R: gl.constexpr,
+    MAIN: gl.constexpr,
+    TAIL: gl.constexpr,
+    SPLIT: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_MASTER: gl.constexpr,
+    PARAM_DTYPE: gl.constexpr,
+):
+    WARPS: gl.constexpr = BLOCK_M // 16
+    BOTH: gl.constexpr = 2 if SPLIT == 1 else 1
+    i_tile = gl.program_id(0).to(gl.int64)
+    side = gl.load(tiles_ptr + 2 * i_tile).to(gl.int64)
+    start = gl.load(tiles_ptr + 2 * i_tile + 1).to(gl.int64)
+    row_ptr = table_ptr + side * COLUMNS
+    if (gl.load(numbers_ptr + side * NUMBERS + MOVES) != 0) & (gl.load(decision_ptr + SKIP) == 0):
+        wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
+        narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, R, 16])
+        left_wide: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+        left_narrow: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
+        LANES: gl.constexpr = MAIN // 4 if MAIN < 128 else 32
+        by_main: gl.constexpr = gl.BlockedLayout([1, 4], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+        by_16: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
+        by_row: gl.constexpr = gl.BlockedLayout([1, R], [32, 1], [WARPS, 1], [1, 0])
+        rows = gl.load(row_ptr + ROWS)
+        partner_rows = gl.load(table_ptr + (side ^ 1) * COLUMNS + ROWS)
+        bias1 = gl.load(numbers_ptr + side * NUMBERS + BIAS1).to(gl.float32)
+        bias2 = gl.load(numbers_ptr + side * NUMBERS + BIAS2).to(gl.float32)
+        floor = (1.0 / gl.load(numbers_ptr + side * NUMBERS + BOUND)).to(gl.float32)
+        m_ptr = gl.load(row_ptr + EXP_AVG).to(gl.pointer_type(gl.float32))
+        p_ptr = gl.load(row_ptr + SECOND_MOMENT).to(gl.pointer_type(gl.float32))
+        m_ptr, p_ptr, left = from_row(m_ptr, p_ptr, rows, start, rank)
+        tau = scale_of(partner_rows, rank)
+
+        # The rows' residual, in registers.
+        o_row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, by_main))
+        o_k = gl.arange(0, MAIN, gl.SliceLayout(0, by_main))
+        p, m_m, weight = moment_entries(
+            m_ptr, p_ptr, pairs_ptr, o_row, left, o_k, rank, bias1, bias2
+        )
+        weight = weight[None, :]
+        p_sq = gl.sum(weight * p * p, axis=1)
+        mpm = gl.sum(weight * p * m_m, axis=1)
+        m_4 = gl.sum(weight * m_m * m_m, axis=1)
+        o_row16 = gl.arange(0, BLOCK_M, gl.SliceLayout(1, by_16))
+        o_16 = gl.arange(0, 16, gl.SliceLayout(0, by_16))
+        if TAIL > 0:
+            p_t, m_m_t, weight_t = moment_entries(
+                m_ptr, p_ptr, pairs_ptr, o_row16, left, MAIN + o_16, rank, bias1, bias2
+            )
+            weight_t = weight_t[None, :]
+            rowwise: gl.constexpr = gl.SliceLayout(1, by_main)
+            p_sq += gl.convert_layout(gl.sum(weight_t * p_t * p_t, axis=1), rowwise)
+            mpm += gl.convert_layout(gl.sum(weight_t * p_t * m_m_t, axis=1), rowwise)
+            m_4 += gl.convert_layout(gl.sum(weight_t * m_m_t * m_m_t, axis=1), rowwise)
+        a, sigma_sq = centre_of(p_sq, mpm, m_4)
+        r_main = (p - a[:, None] * m_m) * (sigma_sq[:, None] * weight)
+        r_main = gl.convert_layout(r_main.to(gl.float16), left_wide)
+        a16 = gl.convert_layout(a, gl.SliceLayout(1, by_16))
+        sigma_sq16 = gl.convert_layout(sigma_sq, gl.SliceLayout(1, by_16))
+        if TAIL > 0:
+            r_tail = (p_t - a16[:, None] * m_m_t) * (sigma_sq16[:, None] * weight_t)
+            r_tail = gl.convert_layout(r_tail.to(gl.float16), left_wide)
+
+        # sigma m in two halves, in registers too.
+        scale = gl.sqrt(sigma_sq16)[:, None] / bias1
+        m_high, m_low, part = load_half(m_ptr, o_row16, left, o_16, rank, scale, SPLIT, gl.float16)
+        if SPLIT == 3:
+            m_high = gl.where((part == 1)[None, :], m_low, m_high)
+        if SPLIT == 2:
+            m_low = gl.where((part == 0)[None, :], m_low, gl.full_like(m_low, 0.0))
+        m_high = gl.convert_layout(m_high, left_wide)
+        m_low = gl.convert_layout(m_low, left_wide)
+        a = gl.convert_layout(a, gl.SliceLayout(1, wide))
+        sigma = gl.sqrt(gl.convert_layout(sigma_sq, gl.SliceLayout(1, wide)))
+        eps = gl.load(hyper_ptr + EPS).to(gl.float32) * sigma * tau
+
+        s_main = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, MAIN], main.layout)
+        s_tail = s_main
+        if TAIL > 0:
+            s_tail = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, TAIL], tail.layout)
+        s_halves = gl.allocate_shared_memory(gl.float16, [STAGES * BOTH, BLOCK_N, R], halves.layout)
+        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for stage in gl.static_range(STAGES):
+            mbarrier.init(ready.index(stage), count=1)
+        o_partner = gl.load(row_ptr + PARTNER_ROW).to(gl.int32)
+        tiles = (partner_rows.to(gl.int32) + BLOCK_N - 1) // BLOCK_N
+        for stage in gl.static_range(STAGES - 1):
+            _fetch(
+                stage,
+                o_partner,
+                main,
+                tail,
+                halves,
+                s_main,
+                s_tail,
+                s_halves,
+                ready,
+                stage < tiles,
+                BLOCK_N,
+                MAIN,
+                TAIL,
+                SPLIT,
+                R,
+                STAGES,
+            )
+
+        none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, wide)
+        acc = warpgroup_mma_init(gl.zeros([BLOCK_M, R], gl.float32, narrow))
+        for t in range(0, tiles):
+            slot = t % STAGES
+            mbarrier.wait(ready.index(slot), (t // STAGES) & 1)
+            q = s_halves.index(BOTH * slot)
+            q_t = q.permute((1, 0))
+            m_tile = warpgroup_mma(m_high, q_t, none, use_acc=False, is_async=True)
+            if SPLIT < 3:
+                m_tile = warpgroup_mma(m_low, q_t, m_tile, is_async=True)
+            if SPLIT == 1:
+                low_t = s_halves.index(BOTH * slot + 1).permute((1, 0))
+                m_tile = warpgroup_mma(m_high, low_t, m_tile, is_async=True)
+            main_t = s_main.index(slot).permute((1, 0))
+            dot = warpgroup_mma(r_main, main_t, none, use_acc=False, is_async=True)
+            if TAIL > 0:
+                tail_t = s_tail.index(slot).permute((1, 0))
+                dot = warpgroup_mma(r_tail, tail_t, dot, is_async=True)
+            m_tile, dot, acc = warpgroup_mma_wait(0, deps=[m_tile, dot, acc])
+            # All products of the tile before are done in every warp: its slot is free.
+            tl.debug_barrier()
+            ahead = t + STAGES - 1
+            _fetch(
+                ahead,
+                o_partner,
+                main,
+                tail,
+                halves,
+                s_main,
+                s_tail,
+                s_halves,
+                ready,
+                ahead < tiles,
+                BLOCK_N,
+                MAIN,
+                TAIL,
+                SPLIT,
+                R,
+                STAGES,
+            )
+            v = guarded(m_tile, dot, a, floor)
+            d = two_entries(m_tile, v, tl.broadcast_to(eps[:, None], m_tile.shape))
+            d = gl.convert_layout(d, left_narrow)
+            acc = warpgroup_mma(d, q, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        for stage in gl.static_range(STAGES):
+            mbarrier.invalidate(ready.index(stage))
+
+        # In fp64, because L^+ carries the partner's condition.
+        acc = gl.convert_layout(acc, by_row) / tau
+        o_r = gl.arange(0, R, gl.SliceLayout(0, by_row))
+        direction = gl.zeros([BLOCK_M, R], gl.float64, by_row)
+        for k in gl.static_range(R):
+            column = gl.sum(gl.where((o_r == k)[None, :], acc, 0.0), axis=1).to(gl.float64)
+            inverse = gl.load(inverse_ptr + (side ^ 1) * R * R + k * R + o_r)
+            direction += gl.where(k < rank, 1.0, 0.0) * column[:, None] * inverse[None, :]
+        o_row = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, by_row))
+        move_rows(
+            row_ptr, hyper_ptr, side, direction, o_row, rows, o_r, rank, HAS_MASTER, PARAM_DTYPE
+        )
