@@ -23,6 +23,7 @@ BITS = {
 }
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PAIRS = 14
+LIMITS = {"cpu": 5e-4, "cuda": 2e-3}  # a few fp32 steps; the kernels' operands are fp16
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +124,7 @@ def test_steps_follow_the_dense_oracle(bits, device, folder):
     for name, layer in model.named_modules():
         if name in start:
             delta = layer.get_delta_weight("default").detach().cpu()
-            # The first two steps are accurate to 3e-3: their second moment has rank one.
-            check_displacement(delta, dense.pairs[name].weight, start[name], 3e-3, name)
+            check_displacement(delta, dense.pairs[name].weight, start[name], LIMITS[device], name)
 
 
 @pytest.mark.filterwarnings("ignore")
