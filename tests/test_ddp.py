@@ -17,8 +17,8 @@ from torchrun import torchrun
 WORKER = Path(__file__).with_name("ddp_worker.py")
 
 
-def run(*arguments: str) -> dict:
-    done = torchrun(WORKER, *arguments)
+def run(*arguments: str, worker: Path = WORKER) -> dict:
+    done = torchrun(worker, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     return json.loads(lines[-1])
@@ -42,9 +42,18 @@ def test_gloo_replicas_are_bitwise_equal_for_200_steps():
 
 
 def test_a_single_differing_bit_is_noticed():
-    done = torchrun(WORKER, "--steps", "20", "--drift-at", "13")
+    done = torchrun(WORKER, "--steps", "20", "--drift-at", "20")
     assert done.returncode != 0
     assert "after step 20 the replicas differ in" in done.stderr
+
+
+def test_trainer_in_two_processes():
+    for library in ("transformers", "accelerate", "peft"):
+        pytest.importorskip(library, reason="a Trainer run")
+    seen = run(worker=WORKER.with_name("trainer_worker.py"))
+    assert (seen["world"], seen["pairs"]) == (2, 2)
+    assert seen["wrapper"] == "DistributedDataParallel"
+    assert seen["tensors"] == 4 * 6 + 1
 
 
 def test_whole_adapters_over_a_base_sharded_by_fsdp2():
