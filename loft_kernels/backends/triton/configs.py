@@ -37,10 +37,13 @@ _UPDATE_TILES = {
 }
 _FALLBACK = UpdateTile(64, 64, 4, 2)
 
-# Of `update_hopper`: registers leave room for four or three programs on a multiprocessor.
+# Of `update_hopper`: registers leave room for four or three programs on a multiprocessor; and of
+# `update_hopper_wide`: one program fills the shared memory.
 _HOPPER_TILES = {
     8: UpdateTile(64, 64, 4, 3, 128),
     16: UpdateTile(64, 64, 4, 3, 168),
+    32: UpdateTile(128, 128, 8, 4),
+    64: UpdateTile(128, 128, 8, 5),
 }
 
 
@@ -61,8 +64,13 @@ def update_tile(capability: int, rank: int) -> UpdateTile:
 
 
 def hopper_tile(rank: int) -> UpdateTile:
-    """Return the tile of `update_hopper` for a rank up to 16."""
-    return _HOPPER_TILES[8 if rank <= 8 else 16]
+    """Return the tile of the hot loop on compute capability 9.0."""
+    return _HOPPER_TILES[max(8, 1 << (rank - 1).bit_length())]
+
+
+def residual_held(rank: int) -> bool:
+    """Tell whether the residual of a tile of rows fits shared memory (`update_hopper_wide`)."""
+    return rank <= 32
 
 
 def narrow_rank(rank: int) -> int:
@@ -96,9 +104,9 @@ class MomentTile:
 # At most 32 rows: Triton 3.6 cannot compile fp64 products of 64 rows for sm_100.
 _MOMENT_TILES = {
     4: MomentTile(512, 32, 32, 32, 16, 4, 128),
-    8: MomentTile(512, 32, 16, 16, 64, 4),
-    16: MomentTile(256, 32, 8, 16, 128, 4, 128),
-    32: MomentTile(64, 32, 4, 16, 256, 4),
+    8: MomentTile(512, 32, 16, 16, 64, 4, 128),
+    16: MomentTile(256, 32, 8, 32, 32, 4, 128),
+    32: MomentTile(64, 32, 4, 32, 64, 4),
     64: MomentTile(32, 32, 1, 16, 256, 4),
 }
 

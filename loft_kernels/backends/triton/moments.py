@@ -4,13 +4,14 @@
 ``P <- b2 C^T P C + (1 - b2) g^T g`` on packed P. The products with C are skipped where the partner
 has not changed, which under alternation is always the idle side. Reads and writes m and P once.
 
-One program serves BLOCK_M rows of a side, GROUP rows of P at a time, and loads the next ones while
-it works. Up to rank 8 a packed row times one matrix is the whole transport; above, P is unfolded
-to r x r and multiplied from both sides. g is needed there row by row and tiles cannot be indexed:
-it is parked in the memory of m, whose new values wait in registers.
+One program serves CHUNK rows of a side: g and m of BLOCK_M rows, then their P, GROUP rows at a
+time. Where the partner stays P is streamed as it lies in memory, and up to rank 8 a packed row
+times one matrix is the whole transport; above, P is unfolded to r x r and multiplied from both
+sides. g is needed there row by row and tiles cannot be indexed: it is parked in the memory of m,
+whose new values wait in registers.
 
-Products of fp32 numbers are three fp16 products of high and low halves (22 bits), each row of P
-scaled by a power of two, or plain fp32 where EXACT.
+Unfolded, a product is three fp16 products of high and low halves (22 bits), each row of P scaled
+by a power of two; packed rows take tf32x3, and EXACT plain fp32.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from loft_kernels.backends.triton.packing import packing, pair_table
 from loft_kernels.backends.triton.solve import _solve_kernel
 from loft_kernels.backends.triton.update import _update_kernel
 from loft_kernels.backends.triton.update_hopper import _update_hopper_kernel, hopper_descriptor
+from loft_kernels.backends.triton.update_hopper_wide import _update_hopper_wide_kernel
 from loft_kernels.plan import Pair
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -319,7 +320,7 @@ class _BucketLaunch:
         self.width = configs.padded_rank(self.rank)
         self.exact = exact
         self.device = plan.device
-        self.hopper = plan.capability == 9 and configs.resident(self.rank) and not exact
+        self.hopper = plan.capability == 9 and not exact
         self.packing = packing(self.rank)
         self.pair_table = plan.constant(("pairs", self.rank), partial(pair_table, self.rank))
         self.layout = plan.layout(key, pairs, self.options.alternate, self.hopper, known=known)
@@ -455,7 +456,6 @@ class _BucketLaunch:
             "numbers_ptr": self.numbers,
             "rank": self.rank,
             "R": self.width,
-            "SPLIT": columns.split,
         }
         _operands_kernel[(len(part.operand_tiles),)](
             **common,
@@ -466,50 +466,60 @@ class _BucketLaunch:
             BLOCK=configs.OPERAND_ROWS,
             PRODUCTS=columns.products,
             WIDTH=columns.width,
+            SPLIT=columns.split,
             N=configs.narrow_rank(self.rank),
             DTYPE=tl.float32 if self.exact else tl.float16,
             num_warps=4,
         )
+        describe = hopper_descriptor if self.hopper else TensorDescriptor.from_tensor
+        columns_of = {"main": columns.main, "tail": columns.tail or 16, "halves": self.width}
+        tiles = {k: describe(partner, [tile.block_n, v]) for k, v in columns_of.items()}
+        if not resident or not self.hopper:
+            for name in ("main", "tail"):
+                block = [tile.block_m, columns_of[name]]
+                tiles[f"residual_{name}"] = describe(residual, block)
+            tiles["centre_ptr"] = centre
         common |= {
+            **tiles,
             "tiles_ptr": part.update_tiles,
             "hyper_ptr": self.hyper,
             "inverse_ptr": self.inverse,
-            "pairs_ptr": self.pair_table,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
-            "MAIN": columns.main,
             "TAIL": columns.tail,
             "HAS_MASTER": self.param_dtype != torch.float32,
             "PARAM_DTYPE": _DTYPES[self.param_dtype],
             "num_warps": tile.warps,
             "maxnreg": tile.registers if self.device.type == "cuda" else None,
         }
-        tail = columns.tail or 16
-        if self.hopper:
-            descriptor = hopper_descriptor
-            _update_hopper_kernel[(len(part.update_tiles),)](
+        grid = (len(part.update_tiles),)
+        if self.hopper and resident:
+            _update_hopper_kernel[grid](
                 **common,
-                main=descriptor(partner, [tile.block_n, columns.main]),
-                tail=descriptor(partner, [tile.block_n, tail]),
-                halves=descriptor(partner, [tile.block_n, self.width]),
+                pairs_ptr=self.pair_table,
+                MAIN=columns.main,
+                SPLIT=columns.split,
                 STAGES=tile.stages,
             )
-            return
-        describe = TensorDescriptor.from_tensor
-        _update_kernel[(len(part.update_tiles),)](
-            **common,
-            centre_ptr=centre,
-            main=describe(partner, [tile.block_n, columns.main]),
-            tail=describe(partner, [tile.block_n, tail]),
-            halves=describe(partner, [tile.block_n, self.width]),
-            residual_main=describe(residual, [tile.block_m, columns.main]),
-            residual_tail=describe(residual, [tile.block_m, tail]),
-            BLOCKS=columns.blocks,
-            RESIDENT=resident,
-            EXACT=self.exact,
-            ASM=self.device.type == "cuda",
-            num_stages=tile.stages,
-        )
+        elif self.hopper:
+            _update_hopper_wide_kernel[grid](
+                **common,
+                BLOCKS=columns.blocks,
+                STAGES=tile.stages,
+                RESIDENT=configs.residual_held(self.rank),
+            )
+        else:
+            _update_kernel[grid](
+                **common,
+                pairs_ptr=self.pair_table,
+                MAIN=columns.main,
+                BLOCKS=columns.blocks,
+                SPLIT=columns.split,
+                RESIDENT=resident,
+                EXACT=self.exact,
+                ASM=self.device.type == "cuda",
+                num_stages=tile.stages,
+            )
 
 
 def _phases(pairs: Sequence[Pair]) -> set[int]:

@@ -53,6 +53,43 @@ def hopper_descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
 
 
 @gluon.jit
+def project_back(
+    row_ptr,
+    hyper_ptr,
+    inverse_ptr,
+    side,
+    acc,
+    tau,
+    start,
+    rows,
+    rank,
+    BLOCK_M: gl.constexpr,
+    R: gl.constexpr,
+    HAS_MASTER: gl.constexpr,
+    PARAM_DTYPE: gl.constexpr,
+):
+    """Move rows by (D Q) L^+, in fp64 because L^+ carries the partner's condition."""
+    LANES: gl.constexpr = R // 4
+    by_tile: gl.constexpr = gl.BlockedLayout(
+        [1, 4], [32 // LANES, LANES], [BLOCK_M // 16, 1], [1, 0]
+    )
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    columns = gl.allocate_shared_memory(gl.float32, [R, BLOCK_M], plain)
+    columns.permute((1, 0)).store(acc)
+    columns = columns._reinterpret(gl.float32, [R, 1, BLOCK_M], plain)
+    tl.debug_barrier()
+    o_r = gl.arange(0, R, gl.SliceLayout(0, by_tile))
+    o_row = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, by_tile))
+    inverse_ptr += (side ^ 1) * R * R
+    direction = gl.zeros([BLOCK_M, R], gl.float64, by_tile)
+    for k in range(0, rank):
+        column = columns.index(k).permute((1, 0)).load(by_tile).to(gl.float64)
+        direction += column * gl.load(inverse_ptr + k * R + o_r)[None, :]
+    direction = direction / tau.to(gl.float64)
+    move_rows(row_ptr, hyper_ptr, side, direction, o_row, rows, o_r, rank, HAS_MASTER, PARAM_DTYPE)
+
+
+@gluon.jit
 def _fetch(
     t,
     o_partner,
@@ -131,7 +168,6 @@ def _update_hopper_kernel(
         LANES: gl.constexpr = MAIN // 4 if MAIN < 128 else 32
         by_main: gl.constexpr = gl.BlockedLayout([1, 4], [32 // LANES, LANES], [WARPS, 1], [1, 0])
         by_16: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
-        by_row: gl.constexpr = gl.BlockedLayout([1, R], [32, 1], [WARPS, 1], [1, 0])
         rows = gl.load(row_ptr + ROWS)
         partner_rows = gl.load(table_ptr + (side ^ 1) * COLUMNS + ROWS)
         bias1 = gl.load(numbers_ptr + side * NUMBERS + BIAS1).to(gl.float32)
@@ -263,15 +299,18 @@ def _update_hopper_kernel(
         for stage in gl.static_range(STAGES):
             mbarrier.invalidate(ready.index(stage))
 
-        # In fp64, because L^+ carries the partner's condition.
-        acc = gl.convert_layout(acc, by_row) / tau
-        o_r = gl.arange(0, R, gl.SliceLayout(0, by_row))
-        direction = gl.zeros([BLOCK_M, R], gl.float64, by_row)
-        for k in gl.static_range(R):
-            column = gl.sum(gl.where((o_r == k)[None, :], acc, 0.0), axis=1).to(gl.float64)
-            inverse = gl.load(inverse_ptr + (side ^ 1) * R * R + k * R + o_r)
-            direction += gl.where(k < rank, 1.0, 0.0) * column[:, None] * inverse[None, :]
-        o_row = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, by_row))
-        move_rows(
-            row_ptr, hyper_ptr, side, direction, o_row, rows, o_r, rank, HAS_MASTER, PARAM_DTYPE
+        project_back(
+            row_ptr,
+            hyper_ptr,
+            inverse_ptr,
+            side,
+            acc,
+            tau,
+            start,
+            rows,
+            rank,
+            BLOCK_M,
+            R,
+            HAS_MASTER,
+            PARAM_DTYPE,
         )

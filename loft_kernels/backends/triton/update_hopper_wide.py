@@ -1,0 +1,247 @@
+"""The hot loop for compute capability 9.0 and ranks 17 to 64, in Gluon; see ``update``.
+
+The contraction over r(r+1)/2 packed entries is a GEMM main loop over blocks of 64, which arrive in
+a ring. Up to rank 32 the residual of the rows stays in shared memory and only partners are
+streamed. One product is always in flight while the slot of the one before is filled again; the
+projection ``D Q`` of a tile runs under the first product of the next.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from loft_kernels.backends.triton.operands import load_half, scale_of
+from loft_kernels.backends.triton.tables import (
+    BIAS1,
+    BOUND,
+    COLUMNS,
+    EPS,
+    EXP_AVG,
+    MOVES,
+    NUMBERS,
+    PARTNER_ROW,
+    RESIDUAL_ROW,
+    ROWS,
+    SKIP,
+)
+from loft_kernels.backends.triton.update import guarded, two_entries
+from loft_kernels.backends.triton.update_hopper import project_back
+
+
+@gluon.jit
+def _fetch_block(
+    n,
+    total,
+    o_partner,
+    o_residual,
+    main,
+    residual_main,
+    s_main,
+    s_residual,
+    full,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    STAGES: gl.constexpr,
+    RESIDENT: gl.constexpr,
+):
+    """Start to fetch the n-th block of 64 packed entries, counted over all tiles."""
+    live = n < total
+    slot = n % STAGES
+    row, column = o_partner + (n // BLOCKS) * BLOCK_N, 64 * (n % BLOCKS)
+    ready = full.index(slot)
+    mbarrier.expect(ready, (BLOCK_N + (0 if RESIDENT else BLOCK_M)) * 64 * 2, pred=live)
+    tma.async_copy_global_to_shared(main, [row, column], ready, s_main.index(slot), pred=live)
+    if not RESIDENT:
+        tma.async_copy_global_to_shared(
+            residual_main, [o_residual, column], ready, s_residual.index(slot), pred=live
+        )
+
+
+@gluon.jit
+def _update_hopper_wide_kernel(
+    table_ptr,
+    tiles_ptr,
+    hyper_ptr,
+    decision_ptr,
+    numbers_ptr,
+    inverse_ptr,
+    centre_ptr,
+    main,
+    tail,
+    halves,
+    residual_main,
+    residual_tail,
+    rank,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    R: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    TAIL: gl.constexpr,
+    STAGES: gl.constexpr,
+    RESIDENT: gl.constexpr,
+    HAS_MASTER: gl.constexpr,
+    PARAM_DTYPE: gl.constexpr,
+):
+    WARPS: gl.constexpr = BLOCK_M // 16
+    i_tile = gl.program_id(0).to(gl.int64)
+    side = gl.load(tiles_ptr + 2 * i_tile).to(gl.int64)
+    start = gl.load(tiles_ptr + 2 * i_tile + 1).to(gl.int64)
+    row_ptr = table_ptr + side * COLUMNS
+    if (gl.load(numbers_ptr + side * NUMBERS + MOVES) != 0) & (gl.load(decision_ptr + SKIP) == 0):
+        wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
+        narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, R, 16])
+        left_wide: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+        left_narrow: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
+        LANES: gl.constexpr = R // 4
+        by_tile: gl.constexpr = gl.BlockedLayout([1, 4], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+        rows = gl.load(row_ptr + ROWS)
+        partner_rows = gl.load(table_ptr + (side ^ 1) * COLUMNS + ROWS)
+        tau = scale_of(partner_rows, rank)
+        tiles = (partner_rows.to(gl.int32) + BLOCK_N - 1) // BLOCK_N
+        o_partner = gl.load(row_ptr + PARTNER_ROW).to(gl.int32)
+        first = gl.load(row_ptr + RESIDUAL_ROW) + start
+        o_residual = first.to(gl.int32)
+
+        HELD: gl.constexpr = BLOCKS if RESIDENT else STAGES
+        s_main = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, 64], main.layout)
+        s_tail = gl.allocate_shared_memory(gl.float16, [BLOCK_N, TAIL], tail.layout)
+        s_halves = gl.allocate_shared_memory(gl.float16, [2, BLOCK_N, R], halves.layout)
+        s_residual = gl.allocate_shared_memory(
+            gl.float16, [HELD, BLOCK_M, 64], residual_main.layout
+        )
+        s_rest = gl.allocate_shared_memory(gl.float16, [BLOCK_M, TAIL], residual_tail.layout)
+        one: gl.constexpr = mbarrier.MBarrierLayout()
+        full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+        head = gl.allocate_shared_memory(gl.int64, [1], one)
+        held = gl.allocate_shared_memory(gl.int64, [1], one)
+        for stage in gl.static_range(STAGES):
+            mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(head, count=1)
+        mbarrier.init(held, count=1)
+        mbarrier.expect(held, BLOCK_M * (TAIL + (64 * BLOCKS if RESIDENT else 0)) * 2)
+        tma.async_copy_global_to_shared(residual_tail, [o_residual, 64 * BLOCKS], held, s_rest)
+        if RESIDENT:
+            for c in range(0, BLOCKS):
+                tma.async_copy_global_to_shared(
+                    residual_main, [o_residual, 64 * c], held, s_residual.index(c)
+                )
+        for stage in gl.static_range(STAGES - 1):
+            _fetch_block(
+                stage,
+                tiles * BLOCKS,
+                o_partner,
+                o_residual,
+                main,
+                residual_main,
+                s_main,
+                s_residual,
+                full,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCKS,
+                STAGES,
+                RESIDENT,
+            )
+
+        # The rows' operands: sigma m in two halves.
+        centre_ptr += 2 * first
+        o_row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, wide))
+        a = gl.load(centre_ptr + 2 * o_row)
+        eps = gl.sqrt(gl.load(centre_ptr + 2 * o_row + 1))
+        eps = eps * gl.load(hyper_ptr + EPS).to(gl.float32) * tau
+        floor = (1.0 / gl.load(numbers_ptr + side * NUMBERS + BOUND)).to(gl.float32)
+        bias1 = gl.load(numbers_ptr + side * NUMBERS + BIAS1).to(gl.float32)
+        m_ptr = gl.load(row_ptr + EXP_AVG).to(gl.pointer_type(gl.float32)) + start * rank
+        o_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, by_tile))
+        o_r = gl.arange(0, R, gl.SliceLayout(0, by_tile))
+        scale = gl.sqrt(gl.load(centre_ptr + 2 * o_m + 1))[:, None] / bias1
+        left = (rows - start).to(gl.int32)
+        m_high, m_low, _ = load_half(m_ptr, o_m, left, o_r, rank, scale, 1, gl.float16)
+        m_high = gl.convert_layout(m_high, left_wide)
+        m_low = gl.convert_layout(m_low, left_wide)
+
+        none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, wide)
+        acc = warpgroup_mma_init(gl.zeros([BLOCK_M, R], gl.float32, narrow))
+        mbarrier.wait(held, 0)
+        for t in range(0, tiles):
+            dot = warpgroup_mma_init(none)
+            for c in range(0, BLOCKS):
+                n = t * BLOCKS + c
+                slot = n % STAGES
+                mbarrier.wait(full.index(slot), (n // STAGES) & 1)
+                block = s_residual.index(c if RESIDENT else slot)
+                block_t = s_main.index(slot).permute((1, 0))
+                dot = warpgroup_mma(block, block_t, dot, use_acc=c > 0, is_async=True)
+                dot, acc = warpgroup_mma_wait(1, deps=[dot, acc])
+                dot, acc = warpgroup_mma_init(dot), warpgroup_mma_init(acc)
+                # What was multiplied before is free in every warp: a slot of the ring, and at the
+                # first block of a tile the head of the last.
+                tl.debug_barrier()
+                _fetch_block(
+                    n + STAGES - 1,
+                    tiles * BLOCKS,
+                    o_partner,
+                    o_residual,
+                    main,
+                    residual_main,
+                    s_main,
+                    s_residual,
+                    full,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCKS,
+                    STAGES,
+                    RESIDENT,
+                )
+                if c == 0:
+                    row = o_partner + t * BLOCK_N
+                    mbarrier.expect(head, BLOCK_N * (TAIL + 2 * R) * 2)
+                    tma.async_copy_global_to_shared(tail, [row, 64 * BLOCKS], head, s_tail)
+                    for part in gl.static_range(2):
+                        tma.async_copy_global_to_shared(
+                            halves,
+                            [row, 64 * BLOCKS + TAIL + part * R],
+                            head,
+                            s_halves.index(part),
+                        )
+            mbarrier.wait(head, t & 1)
+            q = s_halves.index(0)
+            q_t, low_t = q.permute((1, 0)), s_halves.index(1).permute((1, 0))
+            dot = warpgroup_mma(s_rest, s_tail.permute((1, 0)), dot, is_async=True)
+            m_tile = warpgroup_mma(m_high, q_t, none, use_acc=False, is_async=True)
+            m_tile = warpgroup_mma(m_low, q_t, m_tile, is_async=True)
+            m_tile = warpgroup_mma(m_high, low_t, m_tile, is_async=True)
+            m_tile, dot = warpgroup_mma_wait(0, deps=[m_tile, dot])
+            v = guarded(m_tile, dot, a, floor)
+            d = two_entries(m_tile, v, tl.broadcast_to(eps[:, None], m_tile.shape))
+            acc = warpgroup_mma(gl.convert_layout(d, left_narrow), q, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        for stage in gl.static_range(STAGES):
+            mbarrier.invalidate(full.index(stage))
+        mbarrier.invalidate(head)
+        mbarrier.invalidate(held)
+        project_back(
+            row_ptr,
+            hyper_ptr,
+            inverse_ptr,
+            side,
+            acc,
+            tau,
+            start,
+            rows,
+            rank,
+            BLOCK_M,
+            R,
+            HAS_MASTER,
+            PARAM_DTYPE,
+        )
