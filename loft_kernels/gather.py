@@ -38,8 +38,10 @@ class Gathered:
         pairs: checked pairs with allocated state, one per slot.
 
     Attributes:
-        pairs: the pairs.
+        pairs: the pairs; after :meth:`refresh` their gradients are set by :meth:`bind` only.
         backend: what ``backends.choose`` said of them, once asked.
+        moving: what the address table needs of this step: addresses and strides of the gradients
+            (0 and () where there is none) and scalings.
     """
 
     def __init__(self, optimizer: LoFTAdamW, pairs: list[Pair]) -> None:
@@ -48,16 +50,28 @@ class Gathered:
         self.backend: tuple[str, str] | None = None
         self._factors = [f for pair in pairs for f in (pair.b, pair.a)]
         self._params = [f.param for f in self._factors]
-        self._states = [f.state for f in self._factors]
-        self._moments = [f.state.get("exp_avg") for f in self._factors]
+        self._states = [optimizer.state.get(p) for p in self._params]
+        self._moments = self._first_moments()
         self._scalings = [slot.scaling for slot in optimizer._slots]
         self._listed = [p for group in optimizer.param_groups for p in group["params"]]
+        paired = {place for slot in optimizer._slots for place in (slot.b, slot.a)}
+        self.plain = [
+            (g, i, p)
+            for g, group in enumerate(optimizer.param_groups)
+            for i, p in enumerate(group["params"])
+            if (g, i) not in paired
+        ]
         self._mode = (pairs[0].options.second_moment, pairs[0].options.calibrate)
+        self._seen_options: list[StepOptions] = []
+        self._seen_rates: list[Any] = []
         self._seen = self._look()
 
     def _look(self) -> tuple[list[Any], ...]:
-        """List what has to stay the same and compares quickly."""
+        """List what has to stay the same and compares quickly; note what moves."""
         grads = [p.grad for p in self._params]
+        strides: list[Any] = [() if g is None else g.stride() for g in grads]
+        addresses = [0 if g is None else g.data_ptr() for g in grads]
+        self.moving = (addresses, strides, [s.read() for s in self._scalings])
         return (
             [p.data_ptr() for p in self._params],
             [p.dtype for p in self._params],
@@ -65,22 +79,28 @@ class Gathered:
             [p.stride() for p in self._params],
             [None if g is None else g.shape for g in grads],
             [None if g is None else g.dtype for g in grads],
-            [None if g is None else g.layout for g in grads],
         )
 
     def _same_objects(self, optimizer: LoFTAdamW) -> bool:
         """Tell whether the optimizer still holds the same tensors and state."""
         listed = [p for group in optimizer.param_groups for p in group["params"]]
-        state = optimizer.state
         return (
             len(listed) == len(self._listed)
             and all(map(operator.is_, listed, self._listed))
-            and all(
-                (state.get(p) or None) is (s or None)
-                for p, s in zip(self._params, self._states, strict=True)
-            )
-            and all(s.get("exp_avg") is m for s, m in zip(self._states, self._moments, strict=True))
+            and all(map(operator.is_, map(optimizer.state.get, self._params), self._states))
+            and all(map(operator.is_, self._first_moments(), self._moments))
         )
+
+    def _first_moments(self) -> list[Tensor | None]:
+        """List the first moments, by which an exchanged state shows."""
+        return [None if s is None else s.get("exp_avg") for s in self._states]
+
+    def bind(self) -> None:
+        """Set the gradients and scalings of this step on the pairs."""
+        for factor in self._factors:
+            factor.grad = factor.param.grad
+        for pair, scaling in zip(self.pairs, self.moving[2], strict=True):
+            pair.scaling = scaling
 
     def release_gradients(self) -> None:
         """Let go of this step's gradients, which zero_grad() is to free."""
@@ -88,21 +108,29 @@ class Gathered:
             factor.grad = None
 
     def refresh(self, optimizer: LoFTAdamW) -> bool:
-        """Take over this step's gradients, rates and scalings; False if more has changed."""
-        if not self._same_objects(optimizer) or self._look() != self._seen:
+        """Look at this step's gradients, rates and scalings; False if more has changed."""
+        if not self._same_objects(optimizer):
+            return False
+        try:
+            if self._look() != self._seen:
+                return False
+        except RuntimeError:  # a gradient without strides or address: sparse
             return False
         groups = optimizer.param_groups
-        options = [step_options(group) for group in groups]
         rates = [group["lr"] for group in groups]
-        for factor in self._factors:
-            factor.grad = factor.param.grad
-            factor.lr = rates[factor.group]
-        for pair, scaling in zip(self.pairs, self._scalings, strict=True):
-            pair.scaling = scaling.read()
+        if not all(map(operator.is_, rates, self._seen_rates)) or not self._seen_rates:
+            self._seen_rates = rates
+            for factor in self._factors:
+                factor.lr = rates[factor.group]
+        options = [step_options(group) for group in groups]
+        if options == self._seen_options:
+            return True
+        for pair in self.pairs:
             own = options[pair.b.group]
             if pair.a.group != pair.b.group and options[pair.a.group] != own:
                 return False
             pair.options = own
+        self._seen_options = options
         used = {pair.b.group for pair in self.pairs}
         return all((options[g].second_moment, options[g].calibrate) == self._mode for g in used)
 

@@ -204,7 +204,11 @@ class LoFTAdamW(Optimizer):
             warnings.warn(
                 f"the LoFT step runs on the reference path ({reason})", UserWarning, stacklevel=2
             )
-        take = self._step_triton if backend == "triton" else self._step_reference
+        take = self._step_reference
+        if backend == "triton":
+            take = self._step_triton
+        elif self._gathered is not None:
+            self._gathered.bind()
         take(pairs, plain, members)
         if self._gathered is not None:
             self._gathered.release_gradients()
@@ -267,6 +271,7 @@ class LoFTAdamW(Optimizer):
             pairs,
             outside,
             self.nonfinite_steps,
+            moving=None if self._gathered is None else self._gathered.moving,
             max_norm=self.max_grad_norm,
             exact=self.precision == "ieee",
         )
@@ -362,7 +367,7 @@ class LoFTAdamW(Optimizer):
         """
         self._check_structure()
         if allocate and self._gathered is not None and self._gathered.refresh(self):
-            return self._gathered.pairs, self._plain_parameters()
+            return self._gathered.pairs, self._plain_of(self._gathered.plain)
         pairs = []
         for slot in self._slots:
             pair = self._pair(slot)
@@ -410,15 +415,23 @@ class LoFTAdamW(Optimizer):
     def _plain_parameters(self) -> dict[int, list[Tensor]]:
         """Collect the parameters with a gradient that are not in a pair, by group index."""
         paired = {place for slot in self._slots for place in (slot.b, slot.a)}
+        return self._plain_of(
+            (g, i, param)
+            for g, group in enumerate(self.param_groups)
+            for i, param in enumerate(group["params"])
+            if (g, i) not in paired
+        )
+
+    def _plain_of(self, places: Iterable[tuple[int, int, Tensor]]) -> dict[int, list[Tensor]]:
+        """Check parameters that are in no pair and sort those with a gradient by group index."""
         plain: dict[int, list[Tensor]] = {}
-        for g, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"]):
-                if (g, i) in paired or param.grad is None:
-                    continue
-                names = group.get("param_names")
-                name = names[i] if names else f"parameter {i} of group {g}"
-                check_plain(name, param, self.state.get(param, {}))
-                plain.setdefault(g, []).append(param)
+        for g, i, param in places:
+            if param.grad is None:
+                continue
+            names = self.param_groups[g].get("param_names")
+            name = names[i] if names else f"parameter {i} of group {g}"
+            check_plain(name, param, self.state.get(param, {}))
+            plain.setdefault(g, []).append(param)
         return plain
 
     def _check_structure(self) -> None:

@@ -13,19 +13,25 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from loft_kernels.backends.triton import configs
 from loft_kernels.backends.triton.basis import _basis_kernel
 from loft_kernels.backends.triton.gram import _gram_kernel
 from loft_kernels.backends.triton.moments import _moments_kernel
 from loft_kernels.backends.triton.operands import _operands_kernel
+from loft_kernels.backends.triton.packing import packing
 from loft_kernels.backends.triton.solve import _solve_kernel
 from loft_kernels.backends.triton.update import _update_kernel
+from loft_kernels.backends.triton.update_hopper import _update_hopper_kernel
+from loft_kernels.backends.triton.update_hopper_wide import _update_hopper_wide_kernel
 
 POINTERS = {
     "table_ptr": "*i64",
     "tiles_ptr": "*i32",
     "changed_ptr": "*i32",
+    "pairs_ptr": "*i32",
     "skipped_ptr": "*i64",
     "change_ptr": "*fp32",
     "centre_ptr": "*fp32",
@@ -36,55 +42,56 @@ POINTERS = {
 }
 
 
-def compile_kernel(kernel, capability: int, constants: dict, warps: int, stages: int) -> None:
+def compile_kernel(kernel, capability: int, constants: dict, options: dict) -> None:
     """Compile one kernel and say how much shared memory it needs."""
     signature, values, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
-        if name in constants and not isinstance(constants[name], str):
-            signature[name], values[(index,)] = "constexpr", constants[name]
-        elif name in constants and constants[name].startswith("tensordesc"):
-            signature[name] = constants[name]
+        value = constants.get(name)
+        if isinstance(value, str) and value.startswith("tensordesc"):
+            signature[name] = value
         elif name in constants:
-            signature[name], values[(index,)] = "constexpr", constants[name]
+            signature[name], values[(index,)] = "constexpr", value
         else:
             signature[name] = POINTERS.get(name, "*fp64")
             if name.endswith("_ptr"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
     compiled = triton.compile(
-        ASTSource(kernel, signature, values, attributes),
+        source(kernel, signature, values, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "num_stages": stages},
+        options=options,
     )
     print(kernel.fn.__name__, compiled.metadata.shared)
 
 
-def main(capability: int, rank: int) -> None:
-    """Compile all kernels as the plan would launch them."""
-    width, blocks, block = (
-        configs.padded_rank(rank),
-        configs.blocks(rank),
-        configs.block_width(rank),
-    )
-    tile, moments = configs.update_tile(capability // 10, rank), configs.moment_tile(rank)
-    slice_ = block * block
-    common = {
+def described(rows: int, columns: int, gluon: bool) -> str:
+    """Name the type of a tensor descriptor."""
+    block = f"fp16[{rows}, {columns}]"
+    if not gluon:
+        return f"tensordesc<{block}>"
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.float16)
+    return f"tensordesc<{block},{layout!r}>"
+
+
+def compile_rows(capability: int, rank: int) -> None:
+    """Compile everything but the hot loop."""
+    width, columns, moments = configs.padded_rank(rank), packing(rank), configs.moment_tile(rank)
+    common = {"R": width, "PARAM_DTYPE": tl.float32, "GRAD_DTYPE": tl.float32, "BLOCK_N": 32}
+    common |= {"CHUNK": configs.CHUNK_ROWS, "SIDES": 512, "COUNT_SKIPS": True, "ALTERNATE": True}
+    four = {"num_warps": 4}
+    compile_kernel(_gram_kernel, capability, common, four)
+    compile_kernel(_solve_kernel, capability, common, {"num_warps": 4 if width <= 32 else 8})
+    compile_kernel(_basis_kernel, capability, common, four)
+    operands = {
+        "BLOCK": configs.operand_rows(rank),
+        "N": configs.narrow_rank(rank),
         "R": width,
-        "NB": blocks,
-        "B": block,
-        "PARAM_DTYPE": tl.float32,
-        "GRAD_DTYPE": tl.float32,
-        "CHUNK": configs.CHUNK_ROWS,
-        "BLOCK_N": 32,
+        "PRODUCTS": columns.products,
+        "WIDTH": columns.width,
+        "SPLIT": columns.split,
         "DTYPE": tl.float16,
-        "BLOCK": configs.OPERAND_ROWS,
-        "SIDES": 512,
-        "COUNT_SKIPS": True,
-        "ALTERNATE": True,
     }
-    compile_kernel(_gram_kernel, capability, common, 4, 3)
-    compile_kernel(_solve_kernel, capability, common, 4 if width <= 32 else 8, 3)
-    compile_kernel(_basis_kernel, capability, common, 4, 3)
-    compile_kernel(_operands_kernel, capability, common, 4, 3)
+    compile_kernel(_operands_kernel, capability, operands, four)
     rows = common | {
         "RANK": rank,
         "CHUNK": moments.chunk,
@@ -94,19 +101,48 @@ def main(capability: int, rank: int) -> None:
         "COLUMNS_P": moments.columns,
         "EXACT": False,
     }
-    compile_kernel(_moments_kernel, capability, rows, moments.warps, 3)
-    hot = common | {
+    compile_kernel(_moments_kernel, capability, rows, {"num_warps": moments.warps})
+
+
+def compile_hot_loop(capability: int, rank: int, gluon: bool) -> None:
+    """Compile the hot loop: the portable kernel, or that of compute capability 9.0."""
+    columns, resident = packing(rank), configs.resident(rank)
+    tile = configs.hopper_tile(rank) if gluon else configs.update_tile(capability // 10, rank)
+    widths = {"main": columns.main, "tail": columns.tail or 16, "halves": columns.half}
+    hot = {
+        "R": columns.half,
+        "MAIN": columns.main,
+        "BLOCKS": columns.blocks,
+        "TAIL": columns.tail,
+        "SPLIT": columns.split,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "RESIDENT": configs.resident(rank),
+        "STAGES": tile.stages,
+        "RESIDENT": configs.residual_held(rank) if gluon else resident,
         "HAS_MASTER": False,
+        "PARAM_DTYPE": tl.float32,
         "EXACT": False,
         "ASM": True,
-        "products": f"tensordesc<fp16[{tile.block_n}, {slice_}]>",
-        "halves": f"tensordesc<fp16[{tile.block_n}, {width}]>",
-        "residual": f"tensordesc<fp16[{tile.block_m}, {slice_}]>",
+        **{name: described(tile.block_n, width, gluon) for name, width in widths.items()},
+        **{
+            f"residual_{name}": described(tile.block_m, widths[name], gluon)
+            for name in ("main", "tail")
+        },
     }
-    compile_kernel(_update_kernel, capability, hot, tile.warps, tile.stages)
+    options = {"num_warps": tile.warps}
+    if not gluon:
+        compile_kernel(_update_kernel, capability, hot, options | {"num_stages": tile.stages})
+        return
+    kernel = _update_hopper_kernel if resident else _update_hopper_wide_kernel
+    compile_kernel(kernel, capability, hot, options | {"maxnreg": tile.registers})
+
+
+def main(capability: int, rank: int) -> None:
+    """Compile all kernels as the plan would launch them."""
+    compile_rows(capability, rank)
+    compile_hot_loop(capability, rank, gluon=False)
+    if capability == 90:
+        compile_hot_loop(capability, rank, gluon=True)
 
 
 if __name__ == "__main__":

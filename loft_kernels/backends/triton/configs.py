@@ -10,8 +10,6 @@ MAX_RANK = 64
 # The workspace of a side is padded to a multiple of every block_m and block_n below.
 PADDED_ROWS = 128
 
-# Rows of one tile of the operands.
-OPERAND_ROWS = 32
 
 # Rows that one program of the row-wise kernels (gram, basis) reduces or writes.
 CHUNK_ROWS = 1024
@@ -61,6 +59,11 @@ def update_tile(capability: int, rank: int) -> UpdateTile:
     """Return the tile of the hot loop for a compute capability (its major number) and rank."""
     width = max(8, 1 << (rank - 1).bit_length())
     return _UPDATE_TILES.get((capability, width), _FALLBACK)
+
+
+def operand_rows(rank: int) -> int:
+    """Return the rows of a tile of `operands`: few, where P is to stay cached between its reads."""
+    return 32 if rank <= 8 else 8
 
 
 def hopper_tile(rank: int) -> UpdateTile:

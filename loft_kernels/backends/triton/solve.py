@@ -59,6 +59,7 @@ def _solve_kernel(
     hyper_ptr,
     inverse_ptr,
     change_ptr,
+    changed_ptr,
     numbers_ptr,
     rank,
     R: tl.constexpr,
@@ -120,8 +121,9 @@ def _solve_kernel(
     o_rr = o_r[:, None] * R + o_r[None, :]
     tl.store(inverse_ptr + side * R * R + o_rr, inverse)
 
-    # The other side is the factor whose partner this side is.
+    # The other side is the factor whose partner this side is; `basis` marks it if Q changes.
     other = side ^ 1
+    tl.store(changed_ptr + other, 0)
     cross = _sum_chunks(partial_ptr, row_ptr, 1, R)
     change = tl.dot(cross, tl.trans(inverse), out_dtype=tl.float64)
     tl.store(change_ptr + other * R * R + o_rr, change.to(tl.float32))

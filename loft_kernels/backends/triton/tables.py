@@ -109,27 +109,43 @@ def _addresses(factor: Factor, scaling: float) -> list[int]:
     ]
 
 
-def moving_entries(pairs: Sequence[Pair]) -> tuple[list[Any], list[Any], list[float]]:
-    """List what changes from step to step: addresses and strides of gradients, scalings."""
+Moving = tuple[list[Any], list[Any], list[float]]
+
+
+def moving_entries(pairs: Sequence[Pair]) -> Moving:
+    """List what changes from step to step.
+
+    Returns:
+        Per factor, B and A of every pair in turn: the address of its gradient (0 without one) and
+        its strides (() without one); and per pair the scaling.
+    """
     grads = [f.grad for pair in pairs for f in (pair.b, pair.a)]
     return (
         [0 if g is None else g.data_ptr() for g in grads],
-        [(0, 0) if g is None else g.stride() for g in grads],
+        [() if g is None else g.stride() for g in grads],
         [pair.scaling for pair in pairs],
     )
 
 
-def with_moving_entries(table: Tensor, entries: tuple[list[Any], list[Any], list[float]]) -> Tensor:
-    """Return a copy of an address table with other gradients and scalings."""
+def with_moving_entries(table: Tensor, moving: Moving, before: Moving | None) -> Tensor:
+    """Return a copy of an address table with other gradients and scalings.
+
+    Args:
+        table: see :func:`address_rows`.
+        moving: what to enter.
+        before: what the table holds, if known.
+    """
     table = table.clone()
-    addresses, strides, scalings = entries
+    addresses, strides, scalings = moving
     table[:, GRAD.value] = torch.tensor(addresses)
-    stored = torch.tensor(strides)
-    # Sides alternate between B, whose rows are stored rows, and A, whose rows are columns.
-    table[0::2, GRAD.value + 1 : GRAD.value + 3] = stored[0::2]
-    table[1::2, GRAD.value + 1 : GRAD.value + 3] = stored[1::2].flip(1)
-    bits = torch.tensor(scalings, dtype=torch.float64).view(torch.int64)
-    table[:, SCALING.value] = bits.repeat_interleave(2)
+    if before is None or strides != before[1]:
+        stored = torch.tensor([s or (0, 0) for s in strides])
+        # Sides alternate between B, whose rows are stored rows, and A, whose rows are columns.
+        table[0::2, GRAD.value + 1 : GRAD.value + 3] = stored[0::2]
+        table[1::2, GRAD.value + 1 : GRAD.value + 3] = stored[1::2].flip(1)
+    if before is None or scalings != before[2]:
+        bits = torch.tensor(scalings, dtype=torch.float64).view(torch.int64)
+        table[:, SCALING.value] = bits.repeat_interleave(2)
     return table
 
 

@@ -45,6 +45,9 @@ from loft_kernels.backends.triton.tables import (
 )
 from loft_kernels.backends.triton.update import guarded, move_rows, two_entries
 
+# Triton 3.9 renamed it.
+fetch_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
 
 def hopper_descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     """Describe tiles of a matrix to the tensor memory accelerator."""
@@ -76,14 +79,14 @@ def project_back(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     columns = gl.allocate_shared_memory(gl.float32, [R, BLOCK_M], plain)
     columns.permute((1, 0)).store(acc)
-    columns = columns._reinterpret(gl.float32, [R, 1, BLOCK_M], plain)
     tl.debug_barrier()
     o_r = gl.arange(0, R, gl.SliceLayout(0, by_tile))
     o_row = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, by_tile))
     inverse_ptr += (side ^ 1) * R * R
     direction = gl.zeros([BLOCK_M, R], gl.float64, by_tile)
-    for k in range(0, rank):
-        column = columns.index(k).permute((1, 0)).load(by_tile).to(gl.float64)
+    # Rows of L^+ beyond the rank are zero.
+    for k in gl.static_range(R):
+        column = columns.slice(k, 1, dim=0).permute((1, 0)).load(by_tile).to(gl.float64)
         direction += column * gl.load(inverse_ptr + k * R + o_r)[None, :]
     direction = direction / tau.to(gl.float64)
     move_rows(row_ptr, hyper_ptr, side, direction, o_row, rows, o_r, rank, HAS_MASTER, PARAM_DTYPE)
@@ -92,15 +95,13 @@ def project_back(
 @gluon.jit
 def _fetch(
     t,
+    live,
     o_partner,
     main,
     tail,
     halves,
-    s_main,
-    s_tail,
-    s_halves,
-    ready,
-    live,
+    slots,
+    bars,
     BLOCK_N: gl.constexpr,
     MAIN: gl.constexpr,
     TAIL: gl.constexpr,
@@ -108,27 +109,28 @@ def _fetch(
     R: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Start to fetch all operands of tile t into its slot."""
-    WIDTH: gl.constexpr = MAIN + TAIL + (2 * R if SPLIT == 1 else R)
+    """Start to fetch all operands of tile t.
+
+    Each operand has slots and barriers of its own, and all are armed first: the compiler separates
+    accesses to one allocation by a barrier of the whole program.
+    """
+    s_main, s_tail, s_high, s_low = slots
+    main_full, tail_full, high_full, low_full = bars
     slot = t % STAGES
     row = o_partner + t * BLOCK_N
-    mbarrier.expect(ready.index(slot), BLOCK_N * WIDTH * 2, pred=live)
-    tma.async_copy_global_to_shared(
-        main, [row, 0], ready.index(slot), s_main.index(slot), pred=live
-    )
+    mbarrier.expect(main_full.index(slot), BLOCK_N * MAIN * 2, pred=live)
+    mbarrier.expect(high_full.index(slot), BLOCK_N * R * 2, pred=live)
     if TAIL > 0:
-        tma.async_copy_global_to_shared(
-            tail, [row, MAIN], ready.index(slot), s_tail.index(slot), pred=live
-        )
-    BOTH: gl.constexpr = 2 if SPLIT == 1 else 1
-    for part in gl.static_range(BOTH):
-        tma.async_copy_global_to_shared(
-            halves,
-            [row, MAIN + TAIL + part * R],
-            ready.index(slot),
-            s_halves.index(BOTH * slot + part),
-            pred=live,
-        )
+        mbarrier.expect(tail_full.index(slot), BLOCK_N * TAIL * 2, pred=live)
+    if SPLIT == 1:
+        mbarrier.expect(low_full.index(slot), BLOCK_N * R * 2, pred=live)
+    fetch_tile(main, [row, 0], main_full.index(slot), s_main.index(slot), pred=live)
+    column = MAIN + TAIL
+    fetch_tile(halves, [row, column], high_full.index(slot), s_high.index(slot), pred=live)
+    if TAIL > 0:
+        fetch_tile(tail, [row, MAIN], tail_full.index(slot), s_tail.index(slot), pred=live)
+    if SPLIT == 1:
+        fetch_tile(halves, [row, column + R], low_full.index(slot), s_low.index(slot), pred=live)
 
 
 @gluon.jit
@@ -155,7 +157,6 @@ def _update_hopper_kernel(
     PARAM_DTYPE: gl.constexpr,
 ):
     WARPS: gl.constexpr = BLOCK_M // 16
-    BOTH: gl.constexpr = 2 if SPLIT == 1 else 1
     i_tile = gl.program_id(0).to(gl.int64)
     side = gl.load(tiles_ptr + 2 * i_tile).to(gl.int64)
     start = gl.load(tiles_ptr + 2 * i_tile + 1).to(gl.int64)
@@ -222,27 +223,34 @@ def _update_hopper_kernel(
         eps = gl.load(hyper_ptr + EPS).to(gl.float32) * sigma * tau
 
         s_main = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, MAIN], main.layout)
-        s_tail = s_main
+        s_high = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, R], halves.layout)
+        s_tail, s_low = s_main, s_high
         if TAIL > 0:
             s_tail = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, TAIL], tail.layout)
-        s_halves = gl.allocate_shared_memory(gl.float16, [STAGES * BOTH, BLOCK_N, R], halves.layout)
-        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for stage in gl.static_range(STAGES):
-            mbarrier.init(ready.index(stage), count=1)
+        if SPLIT == 1:
+            s_low = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, R], halves.layout)
+        one: gl.constexpr = mbarrier.MBarrierLayout()
+        main_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+        tail_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+        high_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+        low_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+        bars = (main_full, tail_full, high_full, low_full)
+        for b in gl.static_range(4):
+            for stage in gl.static_range(STAGES):
+                mbarrier.init(bars[b].index(stage), count=1)
+        slots = (s_main, s_tail, s_high, s_low)
         o_partner = gl.load(row_ptr + PARTNER_ROW).to(gl.int32)
         tiles = (partner_rows.to(gl.int32) + BLOCK_N - 1) // BLOCK_N
         for stage in gl.static_range(STAGES - 1):
             _fetch(
                 stage,
+                stage < tiles,
                 o_partner,
                 main,
                 tail,
                 halves,
-                s_main,
-                s_tail,
-                s_halves,
-                ready,
-                stage < tiles,
+                slots,
+                bars,
                 BLOCK_N,
                 MAIN,
                 TAIL,
@@ -254,19 +262,22 @@ def _update_hopper_kernel(
         none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, wide)
         acc = warpgroup_mma_init(gl.zeros([BLOCK_M, R], gl.float32, narrow))
         for t in range(0, tiles):
-            slot = t % STAGES
-            mbarrier.wait(ready.index(slot), (t // STAGES) & 1)
-            q = s_halves.index(BOTH * slot)
+            slot, phase = t % STAGES, (t // STAGES) & 1
+            mbarrier.wait(high_full.index(slot), phase)
+            q = s_high.index(slot)
             q_t = q.permute((1, 0))
             m_tile = warpgroup_mma(m_high, q_t, none, use_acc=False, is_async=True)
             if SPLIT < 3:
                 m_tile = warpgroup_mma(m_low, q_t, m_tile, is_async=True)
             if SPLIT == 1:
-                low_t = s_halves.index(BOTH * slot + 1).permute((1, 0))
+                mbarrier.wait(low_full.index(slot), phase)
+                low_t = s_low.index(slot).permute((1, 0))
                 m_tile = warpgroup_mma(m_high, low_t, m_tile, is_async=True)
+            mbarrier.wait(main_full.index(slot), phase)
             main_t = s_main.index(slot).permute((1, 0))
             dot = warpgroup_mma(r_main, main_t, none, use_acc=False, is_async=True)
             if TAIL > 0:
+                mbarrier.wait(tail_full.index(slot), phase)
                 tail_t = s_tail.index(slot).permute((1, 0))
                 dot = warpgroup_mma(r_tail, tail_t, dot, is_async=True)
             m_tile, dot, acc = warpgroup_mma_wait(0, deps=[m_tile, dot, acc])
@@ -275,15 +286,13 @@ def _update_hopper_kernel(
             ahead = t + STAGES - 1
             _fetch(
                 ahead,
+                ahead < tiles,
                 o_partner,
                 main,
                 tail,
                 halves,
-                s_main,
-                s_tail,
-                s_halves,
-                ready,
-                ahead < tiles,
+                slots,
+                bars,
                 BLOCK_N,
                 MAIN,
                 TAIL,
@@ -296,9 +305,9 @@ def _update_hopper_kernel(
             d = gl.convert_layout(d, left_narrow)
             acc = warpgroup_mma(d, q, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        for stage in gl.static_range(STAGES):
-            mbarrier.invalidate(ready.index(stage))
-
+        for b in gl.static_range(4):
+            for stage in gl.static_range(STAGES):
+                mbarrier.invalidate(bars[b].index(stage))
         project_back(
             row_ptr,
             hyper_ptr,

@@ -13,7 +13,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
@@ -34,7 +33,7 @@ from loft_kernels.backends.triton.tables import (
     SKIP,
 )
 from loft_kernels.backends.triton.update import guarded, two_entries
-from loft_kernels.backends.triton.update_hopper import project_back
+from loft_kernels.backends.triton.update_hopper import fetch_tile, project_back
 
 
 @gluon.jit
@@ -48,22 +47,29 @@ def _fetch_block(
     s_main,
     s_residual,
     full,
+    residual_full,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCKS: gl.constexpr,
     STAGES: gl.constexpr,
     RESIDENT: gl.constexpr,
 ):
-    """Start to fetch the n-th block of 64 packed entries, counted over all tiles."""
+    """Start to fetch the n-th block of 64 packed entries, counted over all tiles.
+
+    Both operands have barriers of their own, armed first; see ``update_hopper._fetch``.
+    """
     live = n < total
     slot = n % STAGES
     row, column = o_partner + (n // BLOCKS) * BLOCK_N, 64 * (n % BLOCKS)
     ready = full.index(slot)
-    mbarrier.expect(ready, (BLOCK_N + (0 if RESIDENT else BLOCK_M)) * 64 * 2, pred=live)
-    tma.async_copy_global_to_shared(main, [row, column], ready, s_main.index(slot), pred=live)
+    mbarrier.expect(ready, BLOCK_N * 64 * 2, pred=live)
     if not RESIDENT:
-        tma.async_copy_global_to_shared(
-            residual_main, [o_residual, column], ready, s_residual.index(slot), pred=live
+        residual_ready = residual_full.index(slot)
+        mbarrier.expect(residual_ready, BLOCK_M * 64 * 2, pred=live)
+    fetch_tile(main, [row, column], ready, s_main.index(slot), pred=live)
+    if not RESIDENT:
+        fetch_tile(
+            residual_main, [o_residual, column], residual_ready, s_residual.index(slot), pred=live
         )
 
 
@@ -122,19 +128,19 @@ def _update_hopper_wide_kernel(
         s_rest = gl.allocate_shared_memory(gl.float16, [BLOCK_M, TAIL], residual_tail.layout)
         one: gl.constexpr = mbarrier.MBarrierLayout()
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+        residual_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
         head = gl.allocate_shared_memory(gl.int64, [1], one)
         held = gl.allocate_shared_memory(gl.int64, [1], one)
         for stage in gl.static_range(STAGES):
             mbarrier.init(full.index(stage), count=1)
+            mbarrier.init(residual_full.index(stage), count=1)
         mbarrier.init(head, count=1)
         mbarrier.init(held, count=1)
         mbarrier.expect(held, BLOCK_M * (TAIL + (64 * BLOCKS if RESIDENT else 0)) * 2)
-        tma.async_copy_global_to_shared(residual_tail, [o_residual, 64 * BLOCKS], held, s_rest)
+        fetch_tile(residual_tail, [o_residual, 64 * BLOCKS], held, s_rest)
         if RESIDENT:
             for c in range(0, BLOCKS):
-                tma.async_copy_global_to_shared(
-                    residual_main, [o_residual, 64 * c], held, s_residual.index(c)
-                )
+                fetch_tile(residual_main, [o_residual, 64 * c], held, s_residual.index(c))
         for stage in gl.static_range(STAGES - 1):
             _fetch_block(
                 stage,
@@ -146,6 +152,7 @@ def _update_hopper_wide_kernel(
                 s_main,
                 s_residual,
                 full,
+                residual_full,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCKS,
@@ -179,6 +186,8 @@ def _update_hopper_wide_kernel(
                 n = t * BLOCKS + c
                 slot = n % STAGES
                 mbarrier.wait(full.index(slot), (n // STAGES) & 1)
+                if not RESIDENT:
+                    mbarrier.wait(residual_full.index(slot), (n // STAGES) & 1)
                 block = s_residual.index(c if RESIDENT else slot)
                 block_t = s_main.index(slot).permute((1, 0))
                 dot = warpgroup_mma(block, block_t, dot, use_acc=c > 0, is_async=True)
@@ -197,6 +206,7 @@ def _update_hopper_wide_kernel(
                     s_main,
                     s_residual,
                     full,
+                    residual_full,
                     BLOCK_M,
                     BLOCK_N,
                     BLOCKS,
@@ -206,9 +216,9 @@ def _update_hopper_wide_kernel(
                 if c == 0:
                     row = o_partner + t * BLOCK_N
                     mbarrier.expect(head, BLOCK_N * (TAIL + 2 * R) * 2)
-                    tma.async_copy_global_to_shared(tail, [row, 64 * BLOCKS], head, s_tail)
+                    fetch_tile(tail, [row, 64 * BLOCKS], head, s_tail)
                     for part in gl.static_range(2):
-                        tma.async_copy_global_to_shared(
+                        fetch_tile(
                             halves,
                             [row, 64 * BLOCKS + TAIL + part * R],
                             head,
@@ -228,6 +238,7 @@ def _update_hopper_wide_kernel(
         acc = warpgroup_mma_wait(0, deps=[acc])
         for stage in gl.static_range(STAGES):
             mbarrier.invalidate(full.index(stage))
+            mbarrier.invalidate(residual_full.index(stage))
         mbarrier.invalidate(head)
         mbarrier.invalidate(held)
         project_back(

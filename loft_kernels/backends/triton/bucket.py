@@ -1,0 +1,340 @@
+"""The launches of a bucket: pairs of one device, parameter dtype, rank and set of options."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from loft_kernels.backends.triton import configs, tables
+from loft_kernels.backends.triton.basis import _basis_kernel
+from loft_kernels.backends.triton.gram import _gram_kernel
+from loft_kernels.backends.triton.launch import Launcher
+from loft_kernels.backends.triton.layout import Part
+from loft_kernels.backends.triton.moments import _moments_kernel
+from loft_kernels.backends.triton.operands import _operands_kernel
+from loft_kernels.backends.triton.packing import packing, pair_table
+from loft_kernels.backends.triton.solve import _solve_kernel
+from loft_kernels.backends.triton.tables import Moving
+from loft_kernels.backends.triton.update import _update_kernel
+from loft_kernels.backends.triton.update_hopper import _update_hopper_kernel, hopper_descriptor
+from loft_kernels.backends.triton.update_hopper_wide import _update_hopper_wide_kernel
+from loft_kernels.plan import Pair
+
+if TYPE_CHECKING:
+    from loft_kernels.backends.triton.step import LaunchPlan
+
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def bucket_key(pair: Pair) -> tuple[Any, ...]:
+    """Name the bucket of a pair; options and rates belong to the groups."""
+    grads = [f.grad.dtype for f in (pair.b, pair.a) if f.grad is not None]
+    return (pair.a.param.shape[0], pair.b.param.dtype, grads[0], pair.b.group, pair.a.group)
+
+
+class Bucket:
+    """Some pairs and everything about their launches that stays while the pairs do.
+
+    Args:
+        plan: the plan that the bucket belongs to.
+        key: of the bucket.
+        pairs: its pairs, with their gradients.
+        sides: places of the pairs' factors among all factors of the step; None for all.
+        exact: no product of reduced precision.
+    """
+
+    def __init__(
+        self,
+        plan: LaunchPlan,
+        key: tuple,
+        pairs: Sequence[Pair],
+        sides: list[int] | None,
+        exact: bool,
+    ) -> None:
+        """Lay the bucket out."""
+        self.pairs, self.exact, self.device = pairs, exact, plan.device
+        self.rank, self.param_dtype, self.grad_dtype = key[:3]
+        self._plan, self._places = plan, sides
+        self.cuda = plan.device.type == "cuda"
+        self.hopper = plan.capability == 9 and not exact
+        self.width = configs.padded_rank(self.rank)
+        self.packing = packing(self.rank)
+        self.pair_table = plan.constant(("pairs", self.rank), partial(pair_table, self.rank))
+        self.layout = plan.layout(key, pairs, self.hopper)
+        self.sides = 2 * len(pairs)
+        self._host_table = tables.address_rows(pairs, configs.CHUNK_ROWS, self.layout.places)
+        self._moving: Moving | None = None
+        self._values: list[float] = []
+        self._launch = Launcher()
+
+    def begin(self, moving: Moving, numbers: Tensor, max_norm: float | None) -> None:
+        """Bring what this step needs to the device: gradients, scalings, hyper-parameters.
+
+        Args:
+            moving: addresses and strides of all gradients of the step, and all scalings.
+            numbers: the bucket's part of the per-side numbers; written by `solve` and `basis`.
+            max_norm: largest norm of all projected gradients, or None.
+        """
+        own = moving
+        if self._places is not None:
+            addresses, strides, scalings = moving
+            own = (
+                [addresses[k] for k in self._places],
+                [strides[k] for k in self._places],
+                [scalings[k // 2] for k in self._places[::2]],
+            )
+        if own != self._moving:
+            self._host_table = tables.with_moving_entries(self._host_table, own, self._moving)
+            self.table = self._plan.to_device(self._host_table)
+            self._moving = own
+        self._bring_hyper(max_norm)
+        self.numbers = numbers
+
+    def _bring_hyper(self, max_norm: float | None) -> None:
+        """Bring the hyper-parameters to the device; a tensor learning rate never leaves it."""
+        pair = self.pairs[0]
+        options, rates = pair.options, (pair.b.lr, pair.a.lr)
+        values = [
+            *(0.0 if isinstance(rate, Tensor) else _fp32(rate) for rate in rates),
+            options.beta1,
+            options.beta2,
+            options.eps,
+            options.weight_decay,
+            math.inf if max_norm is None else max_norm,
+            -1.0 if options.maximize else 1.0,
+            options.damping,
+        ]
+        if values != self._values:
+            self.hyper = self._plan.to_device(torch.tensor(values, dtype=torch.float64))
+            self._values = values
+        for index, rate in enumerate(rates):
+            if isinstance(rate, Tensor):
+                self.hyper[index].copy_(rate.reshape(()).float())
+
+    def measure(self) -> None:
+        """Gram products, then per side the inverse, the transition and the norm."""
+        empty = partial(torch.empty, device=self.device)
+        tiles = self.layout.row_tiles
+        square = (self.sides, self.width, self.width)
+        partial_sums = empty((len(tiles), 3, self.width, self.width), dtype=torch.float64)
+        self.inverse = empty(square, dtype=torch.float64)
+        self.change = empty(square, dtype=torch.float32)
+        self.changed = empty(self.sides, dtype=torch.int32)
+        self._launch(
+            _gram_kernel,
+            "gram",
+            len(tiles),
+            {"num_warps": 4},
+            table_ptr=self.table,
+            tiles_ptr=tiles,
+            partial_ptr=partial_sums,
+            rank=self.rank,
+            CHUNK=configs.CHUNK_ROWS,
+            BLOCK_N=32,
+            R=self.width,
+            PARAM_DTYPE=DTYPES[self.param_dtype],
+            GRAD_DTYPE=DTYPES[self.grad_dtype],
+        )
+        self._launch(
+            _solve_kernel,
+            "solve",
+            self.sides,
+            {"num_warps": 4 if self.width <= 32 else 8},
+            table_ptr=self.table,
+            partial_ptr=partial_sums,
+            hyper_ptr=self.hyper,
+            inverse_ptr=self.inverse,
+            change_ptr=self.change,
+            changed_ptr=self.changed,
+            numbers_ptr=self.numbers,
+            rank=self.rank,
+            R=self.width,
+            ALTERNATE=self.pairs[0].options.alternate,
+        )
+
+    def decide(
+        self,
+        all_numbers: Tensor,
+        decision: Tensor,
+        outside: Tensor,
+        skipped: Tensor,
+        *,
+        count_skips: bool,
+    ) -> None:
+        """Take the decision of the step and replace the bases."""
+        self._launch(
+            _basis_kernel,
+            "basis",
+            len(self.layout.row_tiles),
+            {"num_warps": 4},
+            table_ptr=self.table,
+            tiles_ptr=self.layout.row_tiles,
+            hyper_ptr=self.hyper,
+            outside_ptr=outside,
+            inverse_ptr=self.inverse,
+            numbers_ptr=self.numbers,
+            all_numbers_ptr=all_numbers,
+            all_sides=len(all_numbers),
+            decision_ptr=decision,
+            skipped_ptr=skipped,
+            changed_ptr=self.changed,
+            rank=self.rank,
+            CHUNK=configs.CHUNK_ROWS,
+            BLOCK_N=32,
+            R=self.width,
+            SIDES=triton.next_power_of_2(len(all_numbers)),
+            COUNT_SKIPS=count_skips,
+            PARAM_DTYPE=DTYPES[self.param_dtype],
+        )
+
+    def write(self, decision: Tensor) -> None:
+        """Advance the moments and move the factors."""
+        tile = configs.moment_tile(self.rank)
+        self._launch(
+            _moments_kernel,
+            "moments",
+            len(self.layout.moment_tiles),
+            self._options(tile.warps, tile.registers),
+            table_ptr=self.table,
+            tiles_ptr=self.layout.moment_tiles,
+            hyper_ptr=self.hyper,
+            decision_ptr=decision,
+            inverse_ptr=self.inverse,
+            change_ptr=self.change,
+            changed_ptr=self.changed,
+            RANK=self.rank,
+            R=self.width,
+            CHUNK=tile.chunk,
+            BLOCK_M=tile.rows,
+            GROUP=tile.group,
+            IDLE=tile.idle,
+            COLUMNS_P=tile.columns,
+            GRAD_DTYPE=DTYPES[self.grad_dtype],
+            EXACT=self.exact,
+        )
+        for index, part in enumerate(self.layout.parts):
+            self._move(index, part, decision)
+
+    def _options(self, warps: int, registers: int | None) -> dict[str, Any]:
+        """Return compiler options; the interpreter knows no registers."""
+        return {"num_warps": warps, "maxnreg": registers if self.cuda else None}
+
+    def _move(self, index: int, part: Part, decision: Tensor) -> None:
+        """Write the operands of some pairs and move their factors."""
+        columns = self.packing
+        empty = partial(
+            torch.empty,
+            dtype=torch.float32 if self.exact else torch.float16,
+            device=self.device,
+        )
+        partner = empty((part.partner_rows, columns.width))
+        # A descriptor needs an address even where nothing is behind it.
+        residual = empty((max(1, part.residual_rows), columns.products))
+        centre = torch.empty((part.residual_rows, 2), dtype=torch.float32, device=self.device)
+        common = {
+            "table_ptr": self.table,
+            "decision_ptr": decision,
+            "numbers_ptr": self.numbers,
+            "rank": self.rank,
+            "R": self.width,
+        }
+        self._launch(
+            _operands_kernel,
+            ("operands", index),
+            len(part.operand_tiles),
+            {"num_warps": 4},
+            **common,
+            tiles_ptr=part.operand_tiles,
+            partner_ptr=partner,
+            residual_ptr=residual,
+            centre_ptr=centre,
+            BLOCK=configs.operand_rows(self.rank),
+            PRODUCTS=columns.products,
+            WIDTH=columns.width,
+            SPLIT=columns.split,
+            N=configs.narrow_rank(self.rank),
+            DTYPE=tl.float32 if self.exact else tl.float16,
+        )
+        common |= {
+            "tiles_ptr": part.update_tiles,
+            "hyper_ptr": self.hyper,
+            "inverse_ptr": self.inverse,
+            "TAIL": columns.tail,
+            "HAS_MASTER": self.param_dtype != torch.float32,
+            "PARAM_DTYPE": DTYPES[self.param_dtype],
+        }
+        self._update(("update", index), len(part.update_tiles), common, partner, residual, centre)
+
+    def _update(
+        self,
+        name: tuple,
+        grid: int,
+        common: dict[str, Any],
+        partner: Tensor,
+        residual: Tensor,
+        centre: Tensor,
+    ) -> None:
+        """Run the hot loop's kernel for this device, rank and precision."""
+        columns, tile = self.packing, self.layout.tile
+        resident = configs.resident(self.rank)
+        describe = hopper_descriptor if self.hopper else TensorDescriptor.from_tensor
+        widths = {"main": columns.main, "tail": columns.tail or 16, "halves": self.width}
+        common |= {k: describe(partner, [tile.block_n, v]) for k, v in widths.items()}
+        common |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        if not (resident and self.hopper):
+            common["centre_ptr"] = centre
+            for key in ("main", "tail"):
+                common[f"residual_{key}"] = describe(residual, [tile.block_m, widths[key]])
+        options = self._options(tile.warps, tile.registers)
+        if self.hopper and resident:
+            self._launch(
+                _update_hopper_kernel,
+                name,
+                grid,
+                options,
+                **common,
+                pairs_ptr=self.pair_table,
+                MAIN=columns.main,
+                SPLIT=columns.split,
+                STAGES=tile.stages,
+            )
+        elif self.hopper:
+            self._launch(
+                _update_hopper_wide_kernel,
+                name,
+                grid,
+                options,
+                **common,
+                BLOCKS=columns.blocks,
+                STAGES=tile.stages,
+                RESIDENT=configs.residual_held(self.rank),
+            )
+        else:
+            self._launch(
+                _update_kernel,
+                name,
+                grid,
+                {**options, "num_stages": tile.stages},
+                **common,
+                pairs_ptr=self.pair_table,
+                MAIN=columns.main,
+                BLOCKS=columns.blocks,
+                SPLIT=columns.split,
+                RESIDENT=resident,
+                EXACT=self.exact,
+                ASM=self.cuda,
+            )
+
+
+def _fp32(value: float) -> float:
+    """Round to fp32, as the reference path does for fp32 state."""
+    return ctypes.c_float(value).value

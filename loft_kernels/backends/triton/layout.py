@@ -1,0 +1,116 @@
+"""Tiles and workspace of a bucket's launches, built anew only when its pairs change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loft_kernels.backends.triton import configs, tables
+from loft_kernels.plan import Pair
+
+# The operands of half the pairs are in memory at one time; more parts are more launches.
+_PARTS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Pairs whose operands share the workspace at one time.
+
+    Attributes:
+        operand_tiles: (side, first row, kind), see ``tables.Workspace``.
+        update_tiles: (side, first row).
+        partner_rows: rows of the workspace of partners' operands.
+        residual_rows: rows of the workspace of residuals.
+    """
+
+    operand_tiles: Tensor
+    update_tiles: Tensor
+    partner_rows: int
+    residual_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Tiles and workspace of a bucket.
+
+    Attributes:
+        row_tiles: tiles of `gram` and `basis`.
+        moment_tiles: tiles of `moments`.
+        places: workspace rows of every side.
+        parts: what `operands` and `update` serve one after the other.
+        tile: tile of the hot loop.
+    """
+
+    row_tiles: Tensor
+    moment_tiles: Tensor
+    places: list[tuple[int, int]]
+    parts: list[Part]
+    tile: configs.UpdateTile
+
+
+def signature(pairs: Sequence[Pair]) -> tuple:
+    """Name everything that a layout depends on beside the bucket."""
+    return (
+        pairs[0].options.alternate,
+        *((*p.b.param.shape, *p.a.param.shape, p.b.grad is None, p.a.grad is None) for p in pairs),
+    )
+
+
+def new_layout(
+    rank: int, pairs: Sequence[Pair], device: torch.device, capability: int, hopper: bool
+) -> Layout:
+    """Lay out tiles and workspace; reads the step counts once, the only synchronisation.
+
+    Args:
+        rank: of all pairs.
+        pairs: of a bucket, with their gradients.
+        device: where the tiles go.
+        capability: the major compute capability, 0 without a GPU.
+        hopper: the hot loop is one of the kernels for compute capability 9.0.
+    """
+    shapes = [(p.b.param.shape[0], p.a.param.shape[1]) for p in pairs]
+    both = all(p.b.grad is not None and p.a.grad is not None for p in pairs)
+    shared = pairs[0].options.alternate and both and len(_phases(pairs)) == 1
+    tile = configs.hopper_tile(rank) if hopper else configs.update_tile(capability, rank)
+    size = -(-len(pairs) // _PARTS)
+    places: list[tuple[int, int]] = []
+    parts = []
+    for start in range(0, len(pairs), size):
+        part = slice(start, start + size)
+        space = tables.workspace(
+            shapes[part],
+            configs.operand_rows(rank),
+            configs.PADDED_ROWS,
+            shared=shared,
+            residuals=not configs.resident(rank),
+        )
+        places += space.places
+        update = tables.row_tiles(pairs[part], tile.block_m, heaviest_first=True)
+        for tiles in (space.tiles, update):
+            tiles[:, 0] += 2 * start
+        parts.append(
+            Part(
+                space.tiles.to(device),
+                update.to(device),
+                space.partner_rows,
+                space.residual_rows,
+            )
+        )
+    return Layout(
+        tables.row_tiles(pairs, configs.CHUNK_ROWS).to(device),
+        tables.row_tiles(pairs, configs.moment_tile(rank).chunk).to(device),
+        places,
+        parts,
+        tile,
+    )
+
+
+def _phases(pairs: Sequence[Pair]) -> set[int]:
+    """Return the phases that some pairs are in, read from the device."""
+    steps = [
+        torch.stack([f.state["step"] for f in (p.b, p.a) if "step" in f.state]).max() for p in pairs
+    ]
+    return {int(step) % 2 for step in torch.stack(steps).tolist()}
