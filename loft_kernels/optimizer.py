@@ -387,6 +387,8 @@ class LoFTAdamW(Optimizer):
                     ready_state(factor, partner, pair.options)
         if allocate:
             whole = bool(pairs) and len(pairs) == len(self._slots)
+            # What is kept finds gradients and state by the factor itself, not by a view of it.
+            whole = whole and all(f.param is f.stored for p in pairs for f in (p.b, p.a))
             self._gathered = Gathered(self, pairs) if whole else None
         return pairs, plain
 

@@ -85,16 +85,15 @@ def check_state_memory() -> None:
 
 
 def stale_gradients(patch: pytest.MonkeyPatch) -> None:
-    original = gather.Gathered.refresh
+    original = gather.Gathered.bind
 
-    def refresh(self, opt):
+    def bind(self):
         kept = self.__dict__.setdefault("_stale", [f.param.grad for f in self._factors])
-        fresh = original(self, opt)
+        original(self)
         for factor, grad in zip(self._factors, kept, strict=True):
             factor.grad = grad
-        return fresh
 
-    patch.setattr(gather.Gathered, "refresh", refresh)
+    patch.setattr(gather.Gathered, "bind", bind)
 
 
 @pitfall("09-stale-addresses", cached=stale_gradients)
