@@ -160,6 +160,7 @@ def kernel_step(opt: lk.LoFTAdamW, plan: LaunchPlan) -> None:
             pairs,
             plan.outside([], None, None),
             opt.nonfinite_steps,
+            moving=opt._gathered.moving if opt._gathered is not None else None,
             max_norm=opt.max_grad_norm,
             exact=opt.precision == "ieee",
         )
