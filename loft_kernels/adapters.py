@@ -12,13 +12,14 @@ import logging
 import re
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from loft_kernels.layers import Candidate, as_matrix, candidates, other_product
 from loft_kernels.plan import GROUP_OPTIONS
 from loft_kernels.state import check_factor
 
@@ -26,11 +27,7 @@ logger = logging.getLogger("loft_kernels")
 
 OnUnsupported = Literal["error", "adamw"]
 
-# Variants of PEFT's LoRA layer whose product is still s * B @ A of the stored factors: DoRA
-# rescales the result, aLoRA picks the tokens it applies to.
-_PLAIN_VARIANTS = ("Dora", "ALora")
-
-_FACTOR_NAME = re.compile(r"(^|\.)lora_(?P<side>[AB])(?=\.|$)")
+_FACTOR_NAME = re.compile(r"(^|\.)lora_(embedding_)?(?P<side>[AB])(?=\.|$)")
 
 
 class Scaling:
@@ -85,8 +82,8 @@ class LoRAPair:
 
     Attributes:
         name: name of the adapted layer and adapter.
-        lora_B: ``[m, r]``.
-        lora_A: ``[r, n]``.
+        lora_B: ``[m, r]``, or a convolution's ``[m, r, 1, 1]``.
+        lora_A: ``[r, n]``, or a convolution's ``[r, in, kh, kw]``.
         scaling: alpha/r (alpha/sqrt(r) for rsLoRA); a number or a :class:`Scaling`.
         name_B: full parameter name of lora_B.
         name_A: full parameter name of lora_A.
@@ -130,8 +127,8 @@ def find_adapters(module: nn.Module, on_unsupported: OnUnsupported = "error") ->
     Args:
         module: any module; wrappers (DDP, torch.compile) do not matter.
         on_unsupported: "error" raises for LoRA factors that LoFT cannot serve; "adamw" trains
-            them with plain AdamW and warns. Convolution and embedding adapters and PEFT variants
-            with another product than B @ A always go to AdamW with a warning.
+            them with plain AdamW and warns. Convolutions with groups and PEFT variants with
+            another product than B @ A always go to AdamW with a warning.
 
     Raises:
         ValueError: no trainable pair at all, a factor without its partner, shapes that do not
@@ -143,7 +140,7 @@ def find_adapters(module: nn.Module, on_unsupported: OnUnsupported = "error") ->
     pairs: list[LoRAPair] = []
     unpaired: dict[str, str] = {}
     for path, layer in module.named_modules():
-        for candidate in _candidates(path, layer, names):
+        for candidate in candidates(path, layer, names):
             if not any(f is not None and f.requires_grad for f in candidate.factors):
                 continue
             pair = _accept(candidate, on_unsupported, unpaired)
@@ -214,18 +211,18 @@ def pairs_from_names(named: Sequence[tuple[str, Tensor, NamedScaling]]) -> list[
     Raises:
         ValueError: there are LoRA names but no scaling, or a factor has no partner.
     """
-    sides: dict[str, dict[str, tuple[str, Tensor, NamedScaling]]] = {}
+    sides: dict[tuple[str, str], dict[str, tuple[str, Tensor, NamedScaling]]] = {}
     for entry in named:
         match = _FACTOR_NAME.search(entry[0])
         if match:
-            key = entry[0][: match.start("side")] + "?" + entry[0][match.end("side") :]
+            rest = f"{match[2]}{entry[0][match.end('side') :]}"
+            key = entry[0][: match.start()], rest
             sides.setdefault(key, {})[match["side"]] = entry
     pairs = []
-    for key, found in sides.items():
+    for (layer, _), found in sides.items():
         if len(found) < 2:
             ((name, tensor, _),) = found.values()
             raise ValueError(_partner_message(name, tuple(tensor.shape)))
-        layer = key.split("lora_?")[0].rstrip(".")
         (name_b, b, scaling), (name_a, a, _) = found["B"], found["A"]
         value = scaling.get(layer) if isinstance(scaling, Mapping) else scaling
         if value is None:
@@ -239,60 +236,13 @@ def pairs_from_names(named: Sequence[tuple[str, Tensor, NamedScaling]]) -> list[
     return pairs
 
 
-@dataclass(slots=True)
-class _Candidate:
-    """One adapter of one layer before it is accepted as a pair."""
-
-    layer: nn.Module
-    path: str
-    adapter: str
-    b: Tensor | None
-    a: Tensor | None
-    name_b: str
-    name_a: str
-    embedding: bool = False
-
-    @property
-    def factors(self) -> tuple[Tensor | None, Tensor | None]:
-        """Both tensors, either of which may be missing."""
-        return self.b, self.a
-
-
-def _candidates(path: str, layer: nn.Module, names: Mapping[int, str]) -> Iterator[_Candidate]:
-    """List the adapters of one layer."""
-    for key, embedding in (("lora_{}", False), ("lora_embedding_{}", True)):
-        key_a, key_b = key.format("A"), key.format("B")
-        side_a = _entries(getattr(layer, key_a, None))
-        side_b = _entries(getattr(layer, key_b, None))
-        for adapter in dict.fromkeys([*side_b, *side_a]):
-            b, a = side_b.get(adapter), side_a.get(adapter)
-            suffix = f".{adapter}" if adapter else ""
-            prefix = f"{path}." if path else ""
-            name_b = names.get(id(b), f"{prefix}{key_b}{suffix}")
-            name_a = names.get(id(a), f"{prefix}{key_a}{suffix}")
-            yield _Candidate(layer, path, adapter, b, a, name_b, name_a, embedding)
-
-
-def _entries(side: Any) -> dict[str, Tensor]:
-    """Read ``lora_A`` or ``lora_B``: a tensor, a layer with a weight, or a dict of either."""
-    if side is None:
-        return {}
-    if isinstance(side, Tensor):
-        return {"": side}
-    if isinstance(side, nn.ModuleDict | nn.ParameterDict | Mapping):
-        nested = {name: _entries(value) for name, value in side.items()}
-        return {name: entry[""] for name, entry in nested.items() if "" in entry}
-    weight = getattr(side, "weight", None)
-    return {"": weight} if isinstance(weight, Tensor) else {}
-
-
 def _accept(
-    candidate: _Candidate, on_unsupported: OnUnsupported, unpaired: dict[str, str]
+    candidate: Candidate, on_unsupported: OnUnsupported, unpaired: dict[str, str]
 ) -> LoRAPair | None:
     """Turn a candidate into a pair, or note why its factors train with plain AdamW."""
     tensors = zip((candidate.name_b, candidate.name_a), candidate.factors, strict=True)
     trainable = [n for n, t in tensors if t is not None and t.requires_grad]
-    reason = _other_product(candidate)
+    reason = other_product(candidate)
     if reason is not None:
         unpaired.update(dict.fromkeys(trainable, reason))
         return None
@@ -305,7 +255,7 @@ def _accept(
         return None
 
 
-def _strict_pair(candidate: _Candidate) -> LoRAPair:
+def _strict_pair(candidate: Candidate) -> LoRAPair:
     """Check everything that a pair must satisfy."""
     b, a, name_b, name_a = candidate.b, candidate.a, candidate.name_b, candidate.name_a
     if b is None or a is None:
@@ -319,7 +269,8 @@ def _strict_pair(candidate: _Candidate) -> LoRAPair:
             "(PEFT target_parameters), which is not one LoRA pair. Use target_modules, or "
             "on_unsupported='adamw' to train these factors with plain AdamW"
         )
-    _check_shapes(name_b, b, name_a, a)
+    # Convolutions are pairs of matrices here; `other_product` has seen to it that they can be.
+    _check_shapes(name_b, as_matrix(name_b, b), name_a, as_matrix(name_a, a))
     name = f"{candidate.path}[{candidate.adapter}]" if candidate.adapter else candidate.path
     scaling = Scaling(1.0, candidate.layer, candidate.adapter, name or name_b)
     scaling.read()
@@ -340,21 +291,6 @@ def _check_shapes(name_b: str, b: Tensor, name_a: str, a: Tensor) -> None:
         raise ValueError(f"{name_a} has rank 0: remove the adapter or give it a rank >= 1")
 
 
-def _other_product(candidate: _Candidate) -> str | None:
-    """Name the kinds of adapter whose product is not s * B @ A of two stored matrices."""
-    if candidate.embedding:
-        return "embedding adapter"
-    if any(t is not None and t.dim() > 2 for t in candidate.factors):
-        return "convolution adapter"
-    variants = getattr(candidate.layer, "lora_variant", None)
-    variant = variants.get(candidate.adapter) if isinstance(variants, Mapping) else None
-    if variant is not None:
-        kind = type(variant).__name__
-        if not kind.lstrip("_").startswith(_PLAIN_VARIANTS):
-            return f"PEFT variant {kind}"
-    return None
-
-
 def _without_shared_memory(
     pairs: list[LoRAPair], on_unsupported: OnUnsupported, unpaired: dict[str, str]
 ) -> list[LoRAPair]:
@@ -362,12 +298,14 @@ def _without_shared_memory(
     shared = _overlapping(pairs)
     if not shared:
         return pairs
-    first, second = next(iter(shared.values()))
-    if on_unsupported != "adamw":
+    # One tensor with two names is one parameter, which AdamW can serve. Two tensors over one
+    # storage (PEFT's ensure_weight_tying) would move it twice there as well.
+    views = [names for names in shared.values() if names[0] != names[1]]
+    if on_unsupported != "adamw" or views:
+        first, second = next(iter(views or shared.values()))
         raise ValueError(
             f"{first} and {second} share memory (tied adapters): each step would move it twice. "
-            "Untie them (PEFT: ensure_weight_tying=False, or adapt only one of the tied layers), "
-            "or use on_unsupported='adamw'"
+            "Untie them (PEFT: ensure_weight_tying=False, or adapt only one of the tied layers)"
         )
     kept = []
     for pair in pairs:
@@ -415,7 +353,7 @@ def _scaling_of(module: nn.Module, adapter: str) -> float:
 def _partner_message(name: str, shape: tuple[int, ...]) -> str:
     """Describe a factor without its partner."""
     missing = _FACTOR_NAME.sub(
-        lambda m: f"{m[1]}lora_{'B' if m['side'] == 'A' else 'A'}", name, count=1
+        lambda m: f"{m[1]}lora_{m[2] or ''}{'B' if m['side'] == 'A' else 'A'}", name, count=1
     )
     return (
         f"{name} of shape {shape} has no partner {missing}: LoFT needs both factors of a LoRA "

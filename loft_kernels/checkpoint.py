@@ -39,6 +39,19 @@ def unbox(state: Mapping[Any, Any]) -> defaultdict[Any, Any]:
     return opened
 
 
+def is_rehearsal(optimizer: Any) -> bool:
+    """Tell the step that only allocates state, as ``torch.distributed.checkpoint`` takes it.
+
+    It comes before any state, with every rate and every gradient exactly 0. A warm-up that starts
+    from rate 0 has gradients, and counts.
+    """
+    groups = optimizer.param_groups
+    if any(group["lr"] != 0 for group in groups):
+        return False
+    grads = [p.grad for group in groups for p in group["params"]]
+    return all(not g.any() for g in grads if g is not None)
+
+
 def prepare_load(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Validate a checkpoint for an optimizer with LoRA pairs; a load pre-hook.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from loft_kernels.functional import PreparedPair, exact_arithmetic, prepare
+from loft_kernels.integrations.outer_clipping import unwrapped
 from loft_kernels.plan import Pair
 from loft_kernels.state import state_dtype
 
@@ -103,7 +104,8 @@ def clip_grad_norm_(
     Not needed when the optimizer has ``max_grad_norm`` set, which clips inside ``step``.
 
     Args:
-        optimizer: the optimizer whose ``p.grad`` are clipped.
+        optimizer: the optimizer whose ``p.grad`` are clipped; accelerate's and Lightning's
+            wrappers are looked through.
         max_norm: largest global norm, > 0.
         error_if_nonfinite: raise instead of returning a non-finite norm.
 
@@ -116,9 +118,12 @@ def clip_grad_norm_(
         RuntimeError: non-finite norm with ``error_if_nonfinite``.
     """
     check_max_norm(max_norm)
+    optimizer = unwrapped(optimizer)
     pairs, plain = optimizer._gather(allocate=False)
-    grads = [g for p in pairs for g in (p.b.grad, p.a.grad) if g is not None]
-    grads += [p.grad for members in plain.values() for p in members if p.grad is not None]
+    # The parameters' own gradients: a factor's may be a copy of one that is no matrix in place.
+    owners = [f.stored for p in pairs for f in (p.b, p.a)]
+    owners += [p for members in plain.values() for p in members]
+    grads = [p.grad for p in owners if p.grad is not None]
     if not grads:
         return torch.zeros(())
     with exact_arithmetic({g.device.type for g in grads}):

@@ -20,7 +20,9 @@ from loft_kernels.adapters import (
 )
 from loft_kernels.clipping import check_max_norm, decide
 from loft_kernels.gather import Gathered, PairSlot, Place, check_options, step_options
-from loft_kernels.plain_adamw import adamw_step_, check_plain
+from loft_kernels.layers import as_matrix
+from loft_kernels.notices import warn_idle, warn_memory, warn_outer_clipping
+from loft_kernels.plain_adamw import adamw_step_, check_plain, start_plain_state_
 from loft_kernels.plan import Factor, Pair, SecondMoment, StepOptions
 from loft_kernels.state import FORMAT, check_pair, check_state, ready_state
 
@@ -103,6 +105,7 @@ class LoFTAdamW(Optimizer):
         self._sizes: list[int] = []
         self._warned_one_sided = False
         self._warned_fallback = False
+        self._said: set[str] = set()
         self._plan: Any = None
         self._gathered: Gathered | None = None
         # Pairs and named tensors of new groups wait here until all groups are there: the factors
@@ -115,6 +118,8 @@ class LoFTAdamW(Optimizer):
         super().__init__(params, defaults)
         self._building = False
         self._pair_up()
+        if second_moment == "full":
+            warn_memory([self._size(slot) for slot in self._slots])
         if not self._slots:
             warnings.warn(
                 "LoFTAdamW was given parameters without LoRA pairs, so it is plain AdamW. A list "
@@ -178,11 +183,20 @@ class LoFTAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        fresh = not self.state
         self._measure_known()
         pairs, plain = self._gather(allocate=True)
         members = [p for group in plain.values() for p in group]
+        if self._slots and not pairs and self._first_time("idle"):
+            warn_idle(len(self._slots))
         if not pairs and not members:
             return loss
+        if fresh and checkpoint.is_rehearsal(self):
+            for p in members:
+                start_plain_state_(p, self.state[p])
+            return loss
+        if pairs and self._first_time("clipping"):
+            warn_outer_clipping(self.max_grad_norm)
         backend, reason = self._choose_backend(pairs)
         if backend == "triton" and any(p.device != pairs[0].b.param.device for p in members):
             backend, reason = "reference", "parameters are on several devices"
@@ -212,6 +226,12 @@ class LoFTAdamW(Optimizer):
         exact = self.precision == "ieee"
         if known.glance(self) and self._plan.serves(known.pairs, exact):
             self._plan.measure(known.pairs, known.moving, max_norm=self.max_grad_norm, exact=exact)
+
+    def _first_time(self, notice: str) -> bool:
+        """Tell whether a notice is still to be given, and count it as given."""
+        new = notice not in self._said
+        self._said.add(notice)
+        return new
 
     def _choose_backend(self, pairs: list[Pair]) -> tuple[str, str]:
         """Choose the backend of a step; the answer stands while the pairs do."""
@@ -376,10 +396,12 @@ class LoFTAdamW(Optimizer):
             self._warn_one_sided(pair)
             for factor, partner in pair.sides:
                 if factor.grad is not None:
-                    factor.state = self.state[factor.param]
+                    factor.state = self.state[factor.stored]
                     ready_state(factor, partner, pair.options)
         if allocate:
             whole = bool(pairs) and len(pairs) == len(self._slots)
+            # What is kept finds gradients and state by the factor itself, not by a view of it.
+            whole = whole and all(f.param is f.stored for p in pairs for f in (p.b, p.a))
             self._gathered = Gathered(self, pairs) if whole else None
         return pairs, plain
 
@@ -388,14 +410,22 @@ class LoFTAdamW(Optimizer):
         b, a = self._factor(slot, slot.b), self._factor(slot, slot.a)
         return Pair(slot.name, b, a, slot.scaling.read(), self._shared_options(slot))
 
+    def _size(self, slot: PairSlot) -> tuple[int, int, int]:
+        """Return m, r and n of a pair."""
+        b, a = (self.param_groups[g]["params"][i] for g, i in (slot.b, slot.a))
+        return b.shape[0], a.shape[0], a.shape[1:].numel()
+
     def _factor(self, slot: PairSlot, place: Place) -> Factor:
         """Look up one factor of a pair as it is now."""
         group, transposed = self.param_groups[place[0]], place == slot.a
-        param: Tensor = group["params"][place[1]]
+        stored: Tensor = group["params"][place[1]]
         names = group.get("param_names")
         name = names[place[1]] if names else f"{slot.name}.lora_{'A' if transposed else 'B'}"
-        state = self.state.get(param, {})
-        return Factor(name, param, param.grad, transposed, group["lr"], place[0], state)
+        param, grad = as_matrix(name, stored), stored.grad
+        if grad is not None and param.dim() < grad.dim() and not grad.is_sparse:
+            grad = grad.flatten(1)
+        state = self.state.get(stored, {})
+        return Factor(name, param, grad, transposed, group["lr"], place[0], state, stored)
 
     def _plain_parameters(self) -> dict[int, list[Tensor]]:
         """Collect the parameters with a gradient that are not in a pair, by group index."""
@@ -464,6 +494,7 @@ _KEPT_ATTRIBUTES = frozenset(
         "_named",
         "_warned_one_sided",
         "_warned_fallback",
+        "_said",
         "_building",
     }
 )

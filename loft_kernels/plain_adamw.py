@@ -19,11 +19,17 @@ def check_plain(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: complex or integer parameters.
+        NotImplementedError: DTensors and other wrapped tensors.
         RuntimeError: meta tensors, sparse gradients, gradient or state of another shape.
     """
     if not param.is_floating_point():
         kind = "complex" if param.is_complex() else str(param.dtype)
         raise TypeError(f"{name} is {kind}: LoFTAdamW needs real floating-point parameters")
+    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(param):
+        raise NotImplementedError(
+            f"{name} is a {type(param).__name__}, which cannot share a step with whole LoRA "
+            "factors: give it to a torch.optim.AdamW of its own"
+        )
     if param.is_meta:
         raise RuntimeError(f"{name} is on the meta device: {META_CURE}")
     if param.grad is not None and param.grad.is_sparse:
@@ -38,6 +44,15 @@ def check_plain(name: str, param: Tensor, state: Mapping[str, Any]) -> None:
                 f"{name} has shape {tuple(param.shape)}, but {what} {tuple(tensor.shape)}: a "
                 "parameter must keep its shape while it has a gradient or state"
             )
+
+
+def start_plain_state_(param: Tensor, state: dict[str, Any]) -> None:
+    """Allocate the state of a parameter that has taken no step, as torch does."""
+    wide = torch.get_default_dtype() == torch.float64
+    # On the CPU, as torch keeps it: a launch per parameter would cost more than the step.
+    state["step"] = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
+    state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
 
 
 def adamw_step_(
@@ -64,11 +79,7 @@ def adamw_step_(
     fused = found_inf is not None
     for param, state in zip(params, states, strict=True):
         if not state:
-            wide = torch.get_default_dtype() == torch.float64
-            # On the CPU, as torch keeps it: a launch per parameter would cost more than the step.
-            state["step"] = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
-            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            start_plain_state_(param, state)
         for key in STATE_KEYS[1:]:
             # The state follows a parameter that changed device or dtype.
             if state[key].dtype != param.dtype or state[key].device != param.device:

@@ -46,12 +46,14 @@ class Factor:
 
     Attributes:
         name: the parameter's name, for messages.
-        param: the parameter as stored: ``lora_B`` is ``[m, r]``, ``lora_A`` is ``[r, n]``.
+        param: the parameter as stored: ``lora_B`` is ``[m, r]``, ``lora_A`` is ``[r, n]``; of a
+            convolution the view of it that is a matrix.
         grad: its gradient, or None: then this side neither moves nor accumulates.
         transposed: True for ``lora_A``, whose rows are the columns of the stored tensor.
         lr: learning rate of the factor's group.
         group: index of that group.
         state: the optimizer's state of the parameter (see ``state.py``).
+        stored: the parameter itself, as the optimizer lists it and keys its state.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Factor:
     lr: float | Tensor
     group: int
     state: dict[str, Any]
+    stored: Tensor
 
     @property
     def rows(self) -> Tensor:

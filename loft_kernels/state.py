@@ -245,8 +245,14 @@ def check_factor(name: str, param: Tensor) -> None:
     if torch.utils._python_dispatch.is_traceable_wrapper_subclass(param):
         raise NotImplementedError(
             f"{name} is a {type(param).__name__}: LoFT needs whole factors, and sharded or "
-            "quantized adapters are not supported. Keep the adapters replicated (FSDP2: leave "
-            "LoRA modules out of fully_shard, or use DDP)"
+            "quantized adapters are not supported. Keep them whole: use DDP, or with FSDP2 pass "
+            "the LoRA parameters as fully_shard(ignored_params=...) and all-reduce their "
+            "gradients before step()"
+        )
+    if hasattr(param, "ds_id"):
+        raise NotImplementedError(
+            f"{name} is partitioned by DeepSpeed ZeRO stage 3: LoFT needs whole factors. Use DDP "
+            "or ZeRO stage 0"
         )
     if not param.is_floating_point():
         kind = "complex" if param.is_complex() else str(param.dtype)
@@ -255,7 +261,7 @@ def check_factor(name: str, param: Tensor) -> None:
         raise ValueError(
             f"{name} has shape {tuple(param.shape)}, but a LoRA factor is a matrix. 1-D factors "
             "are usually flattened by FSDP or DeepSpeed ZeRO, which LoFT does not support: use "
-            "DDP or ZeRO stage 0 (or FSDP with use_orig_params=True on unsharded adapters)"
+            "DDP or ZeRO stage 0"
         )
     if param.is_meta:
         raise RuntimeError(f"{name} is on the meta device: {META_CURE}")

@@ -230,9 +230,7 @@ REFUSALS = {
     "row03-scaling-nan": Refusal(
         build(model(parameter(4, 2), parameter(2, 3), math.nan)), ValueError, ("scaling nan",)
     ),
-    "row04-tied-a": Refusal(
-        build(tied_a()), ValueError, ("q.lora_A", "share memory", "Untie", "on_unsupported='adamw'")
-    ),
+    "row04-tied-a": Refusal(build(tied_a()), ValueError, ("q.lora_A", "share memory", "Untie")),
     "row04-duplicate-across-groups": Refusal(
         build(duplicate_across_groups),
         ValueError,

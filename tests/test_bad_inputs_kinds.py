@@ -56,10 +56,18 @@ class Kinds(nn.Module):
 
 
 PLAIN = {
-    "row20-convolution": (Adapter(parameter(4, 2, 1, 1), parameter(2, 3, 3, 3)), "convolution"),
-    "row20-embedding": (
-        Adapter(parameter(4, 2), parameter(2, 9), prefix="lora_embedding_"),
-        "embedding",
+    "row20-more-than-two-dimensions": (
+        Adapter(parameter(4, 2, 1, 1), parameter(2, 3, 3, 3)),
+        "more than two dimensions and is no convolution",
+    ),
+    "row20-embedding-of-another-product": (
+        Adapter(
+            parameter(4, 2),
+            parameter(2, 9),
+            prefix="lora_embedding_",
+            variant=MiCALinearVariant(),
+        ),
+        "MiCALinearVariant",
     ),
     "row20-other-variant": (
         Adapter(parameter(4, 2), parameter(2, 3), variant=MiCALinearVariant()),

@@ -130,20 +130,23 @@ class TestPeft:
         model.base_model.set_adapter(["default", "second"])
         assert len(pair_table(model)) == 10
 
-    def test_embedding_adapter_takes_adamw_with_a_warning(self):
+    def test_embedding_adapter_is_a_pair(self):
         model = gpt2(target_modules=["wte", "c_fc"])
-        with pytest.warns(UserWarning, match=r"lora_embedding_A.*embedding adapter"):
-            opt = lk.LoFTAdamW(model)
-        assert len(opt._slots) == 2
-        assert any("lora_embedding_B" in n for n in opt.param_groups[1]["param_names"])
+        opt = lk.LoFTAdamW(model)
+        assert len(opt._slots) == 3
+        assert len(opt.param_groups) == 1
+        # PEFT starts embeddings from A = 0, so that B cannot move before A has.
+        moved = moved_parameters(model, opt, steps=3)
+        assert {n.split(".")[-2] for n in moved if "wte" in n} == {
+            "lora_embedding_A",
+            "lora_embedding_B",
+        }
 
-    def test_convolution_adapter_takes_adamw_with_a_warning(self):
+    def test_convolution_adapter_is_a_pair(self):
         net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.LazyLinear(3))
         net(torch.zeros(1, 2, 8, 8))
         model = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["0", "2"]))
-        with pytest.warns(UserWarning, match="convolution adapter"):
-            opt = lk.LoFTAdamW(model)
-        assert len(opt._slots) == 1
+        assert len(lk.LoFTAdamW(model)._slots) == 2
 
     def test_variants_with_another_product_are_named(self):
         model = gpt2(init_lora_weights="mica")

@@ -48,10 +48,14 @@ def adapted_model() -> nn.Module:
     return peft.get_peft_model(transformers.GPT2LMHeadModel(config), lora)
 
 
-def run(folder, resume: str | None = None):
+def run(folder, way: str, resume: str | None = None):
     """Train to the end, from the start or from a checkpoint; return model and optimizer."""
     model = adapted_model()
-    opt = lk.LoFTAdamW(model, lr=1e-2, weight_decay=0.01, max_grad_norm=0.5)
+    options = {"lr": 1e-2, "weight_decay": 0.01, "max_grad_norm": 0.5}
+    if way == "factory":
+        given = {"optimizer_cls_and_kwargs": (lk.LoFTFactory, options)}
+    else:
+        given = {"optimizers": (lk.create_loft_optimizer(model, **options), None)}
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -64,22 +68,21 @@ def run(folder, resume: str | None = None):
         seed=11,
         disable_tqdm=True,
     )
-    trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=Bytes(), optimizers=(opt, None)
-    )
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Bytes(), **given)
     trainer.train(resume_from_checkpoint=resume)
-    return model, opt, trainer
+    return model, trainer.optimizer.optimizer, trainer
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_resume_from_a_checkpoint_is_bitwise(tmp_path):
-    model, opt, trainer = run(tmp_path / "whole")
+@pytest.mark.parametrize("way", ["optimizers", "factory"])
+def test_resume_from_a_checkpoint_is_bitwise(way, tmp_path):
+    model, opt, trainer = run(tmp_path / "whole", way)
     assert len(opt._slots) == 2
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == STEPS
     for step in SAVED:
         checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
-        again, opt_again, _ = run(tmp_path / f"from{step}", resume=checkpoint)
+        again, opt_again, _ = run(tmp_path / f"from{step}", way, resume=checkpoint)
         for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
             assert torch.equal(p, q), f"{name} differs after resuming at step {step}"
         expected, resumed = opt.state_dict()["state"], opt_again.state_dict()["state"]
@@ -93,7 +96,7 @@ def test_resume_from_a_checkpoint_is_bitwise(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_trainer_really_steps_the_loft_optimizer(tmp_path):
-    model, opt, _ = run(tmp_path)
+    model, opt, _ = run(tmp_path, "factory")
     (first, _) = (s for s in opt._slots)
     state = opt.state[opt.param_groups[first.b[0]]["params"][first.b[1]]]
     assert int(state["step"]) == STEPS

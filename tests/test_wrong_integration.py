@@ -1,0 +1,245 @@
+"""What breaks LoFT in a framework is loud: the exact words of every refusal."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from runs import (
+    Net,
+    assert_same,
+    one_thread,  # noqa: F401 - an autouse fixture
+    picture,
+    take_step,
+    take_steps,
+)
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.distributed.fsdp import fully_shard
+
+import loft_kernels as lk
+
+SHARDED = (
+    "first.lora_B is a DTensor: LoFT needs whole factors, and sharded or quantized adapters are "
+    "not supported. Keep them whole: use DDP, or with FSDP2 pass the LoRA parameters as "
+    "fully_shard(ignored_params=...) and all-reduce their gradients before step()"
+)
+
+
+def says(message: str) -> str:
+    return f"^{re.escape(message)}$"
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def parameters(module: nn.Module) -> nn.Module:
+    """Turn the frozen base into parameters, which FSDP shards."""
+    for pair in (module.first, module.second):
+        base = pair._buffers.pop("base")
+        pair.base = nn.Parameter(base, requires_grad=False)
+    return module
+
+
+def test_fsdp2_model_is_refused_at_construction(one_process):
+    net = Net()
+    fully_shard(net)
+    with pytest.raises(NotImplementedError, match=says(SHARDED)):
+        lk.LoFTAdamW(net)
+
+
+def test_fsdp2_swap_by_accelerate_is_refused_at_the_step(one_process):
+    """accelerate puts placeholders into the groups, shards, and swaps the shards in."""
+    switch = pytest.importorskip("accelerate.utils.fsdp_utils", reason="accelerate is optional")
+    net = Net()
+    opt = lk.LoFTAdamW(net)
+    old = {p.data_ptr(): name for name, p in net.named_parameters()}
+    for group in opt.param_groups:
+        for i, p in enumerate(group["params"]):
+            group["params"][i] = torch.empty(1)
+            group["params"][i].data_ptr = p.data_ptr()
+    placeholder = says(
+        "first.lora_B has shape (1,), but a LoRA factor is a matrix. 1-D factors are usually "
+        "flattened by FSDP or DeepSpeed ZeRO, which LoFT does not support: use DDP or ZeRO stage 0"
+    )
+    with pytest.raises(ValueError, match=placeholder):
+        opt.step()
+    fully_shard(net)
+    sharded = dict(net.named_parameters())
+    mapping = {pointer: sharded[name] for pointer, name in old.items()}
+    switch.fsdp2_switch_optimizer_parameters(opt, mapping)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(NotImplementedError, match=says(SHARDED)):
+        opt.step()
+    assert not opt.state
+
+
+def test_fsdp2_with_whole_adapters_trains_as_without(one_process):
+    runs = []
+    for shard in (False, True):
+        net = parameters(Net())
+        if shard:
+            fully_shard(net, ignored_params={p for p in net.parameters() if p.requires_grad})
+            assert type(net.first.base).__name__ == "DTensor"
+        opt = lk.LoFTAdamW(net)
+        for k in range(3):
+            for p in net.parameters():
+                if p.requires_grad:
+                    p.grad = torch.full_like(p, 0.1 * (k + 1))
+            opt.step()
+        runs.append(picture(opt))
+    assert_same(*runs, "with a sharded base")
+
+
+def test_sharded_plain_parameter_is_refused_by_name(one_process):
+    net = Net()
+    fully_shard(net, ignored_params={p for n, p in net.named_parameters() if "lora" in n})
+    opt = lk.LoFTAdamW(net)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    message = (
+        "bias is a DTensor, which cannot share a step with whole LoRA factors: give it to a "
+        "torch.optim.AdamW of its own"
+    )
+    with pytest.raises(NotImplementedError, match=says(message)):
+        opt.step()
+
+
+def flatten(opt: torch.optim.Optimizer) -> None:
+    """Replace the groups as DeepSpeed ZeRO 1 and 2 do: one flat fp32 partition each."""
+    for group in opt.param_groups:
+        flat = nn.Parameter(torch.cat([p.detach().flatten() for p in group["params"]]))
+        flat.grad = torch.ones_like(flat)
+        group["params"] = [flat]
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_zero_1_and_2_are_refused_at_the_step(steps):
+    net = Net()
+    opt = lk.LoFTAdamW(net)
+    take_steps(net, opt, range(steps))
+    flatten(opt)
+    message = (
+        "the parameter groups now hold [1, 1] tensors instead of [4, 1]: a wrapper (DeepSpeed "
+        "ZeRO, FSDP) flattened or replaced them and the LoRA pairing is lost. LoFT needs whole "
+        "factors: use DDP or ZeRO stage 0"
+    )
+    with pytest.raises(RuntimeError, match=says(message)):
+        opt.step()
+
+
+def test_zero_3_is_refused_at_construction():
+    net = Net()
+    for k, p in enumerate(net.parameters()):
+        p.ds_id = k
+        p.data = torch.empty(0)
+    message = (
+        "first.lora_B is partitioned by DeepSpeed ZeRO stage 3: LoFT needs whole factors. Use DDP "
+        "or ZeRO stage 0"
+    )
+    with pytest.raises(NotImplementedError, match=says(message)):
+        lk.LoFTAdamW(net)
+
+
+def test_flattened_factors_are_refused_at_construction():
+    net = Net()
+    net.first.lora_B.data = net.first.lora_B.data.flatten()
+    message = (
+        "first.lora_B has shape (12,), but a LoRA factor is a matrix. 1-D factors are usually "
+        "flattened by FSDP or DeepSpeed ZeRO, which LoFT does not support: use DDP or ZeRO stage 0"
+    )
+    with pytest.raises(ValueError, match=says(message)):
+        lk.LoFTAdamW(net)
+
+
+def test_lost_pairing_is_refused_where_names_tell_it():
+    named = [(n, p) for n, p in Net().named_parameters()]
+    message = (
+        "first.lora_B and first.lora_A form a LoRA pair, but names do not tell its scaling "
+        "alpha/r. Pass the model itself, LoFTAdamW(model, ...), or give the parameter group a key "
+        "'scaling' (a number, or a dict from layer name to number)"
+    )
+    with pytest.raises(ValueError, match=says(message)):
+        lk.LoFTAdamW(named)
+
+
+def test_a_list_without_names_warns_that_it_is_adamw():
+    message = (
+        "LoFTAdamW was given parameters without LoRA pairs, so it is plain AdamW. A list of "
+        "tensors carries no pairing: pass the model itself, or loft_param_groups(model)"
+    )
+    with pytest.warns(UserWarning, match=says(message)):
+        lk.LoFTAdamW(list(Net().parameters()))
+
+
+def test_fresh_parameters_in_the_old_places_keep_the_pairing():
+    """The pairing goes by place, so a swap of the tensor objects cannot lose it."""
+    net = Net()
+    opt = lk.LoFTAdamW(net)
+    for group in opt.param_groups:
+        group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    opt.step()
+    first, second = (group["params"] for group in opt.param_groups)
+    assert all("partner_basis" in opt.state[p] for p in first)
+    assert set(opt.state[second[0]]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_zero_trainable_adapters():
+    net = Net().requires_grad_(False)
+    message = (
+        "no trainable LoRA pair in Net: looked for submodules with lora_A and lora_B (parameters, "
+        "Linear layers, or dicts of them per adapter). There are 4 lora_A/lora_B parameters, but "
+        "none is trainable: load the adapter with is_trainable=True, or activate it with "
+        "set_adapter(). For a model without adapters use torch.optim.AdamW"
+    )
+    with pytest.raises(ValueError, match=says(message)):
+        lk.LoFTAdamW(net)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_mixed_devices_in_a_pair():
+    with FakeTensorMode():  # two GPUs, none of which has to be here
+        net = nn.Module()
+        net.lora_B = nn.Parameter(torch.empty(4, 2, device="cuda:1"))
+        net.lora_A = nn.Parameter(torch.empty(2, 3, device="cuda:0"))
+        opt = lk.LoFTAdamW(net)
+        for p in net.parameters():
+            p.grad = torch.empty_like(p)
+        message = (
+            "lora_B is on cuda:1 but lora_A on cuda:0: move both factors of a pair to one device"
+        )
+        with pytest.raises(RuntimeError, match=says(message)):
+            opt.step()
+
+
+def test_no_gradient_on_any_pair_warns_once():
+    """The adapter that is being trained is not the one that the optimizer holds."""
+    net = Net()
+    opt = lk.LoFTAdamW(net)
+    take_step(net, opt, 0)
+    before = picture(opt)
+    opt.zero_grad()
+    message = (
+        "none of the 2 LoRA pairs has a gradient at this step, so no adapter moves. Are these the "
+        "active adapters? An optimizer holds those that were trainable when it was made"
+    )
+    with pytest.warns(UserWarning, match=says(message)):
+        opt.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step()
+    after = picture(opt)
+    assert all(after[k] is None for k in after if k.endswith(".grad"))
+    assert_same(*({k: v for k, v in x.items() if not k.endswith(".grad")} for x in (before, after)))
