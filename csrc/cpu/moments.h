@@ -51,7 +51,7 @@ void transport_second_moment(const Side& side, int64_t count, const S* g, const 
   const int64_t rank = side.rank, length = packed_length(rank);
   const S beta = static_cast<S>(side.beta2), rest = static_cast<S>(1 - side.beta2);
   S* full = scratch<S, 4>(2 * rank * rank * width);
-  S* half = full + rank * rank * width;  // P C
+  S* half = full + rank * rank * width;  // (P C)^T
   for (int64_t first = 0; first < count; first += width, state += width * length) {
     const int64_t here = count - first < width ? count - first : width;
     int64_t k = 0;
@@ -67,11 +67,11 @@ void transport_second_moment(const Side& side, int64_t count, const S* g, const 
         tile_product(packed_c + b * rank, full + a * rank * width, width, rank, acc);
         for (int i = 0; i < kTall && b + i < rank; ++i)
           for (int j = 0; j < kWide; ++j)
-            lanes_at(half + (a * rank + b + i) * width + j * Lanes<S>::count) = acc[i][j];
+            lanes_at(half + ((b + i) * rank + a) * width + j * Lanes<S>::count) = acc[i][j];
       }
     for (int64_t b = 0; b < rank; ++b)
       for (int64_t a = 0; a <= b; a += kTall) {
-        tile_product(packed_c + a * rank, half + b * width, rank * width, rank, acc);
+        tile_product(packed_c + a * rank, half + b * rank * width, width, rank, acc);
         for (int i = 0; i < kTall && a + i <= b; ++i)
           for (int j = 0; j < kWide; ++j) {
             const int64_t lane = first + j * Lanes<S>::count;
