@@ -1,9 +1,10 @@
-"""Entry point: `python -m bench run ...`."""
+"""Entry point: `python -m bench COMMAND ...`."""
 
 import sys
+from importlib import import_module
 
-from bench.run import main
+COMMANDS = "run", "accuracy", "curves"
 
-if len(sys.argv) < 2 or sys.argv[1] != "run":
-    sys.exit("usage: python -m bench run [options] (--help lists them)")
-main(sys.argv[2:])
+if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+    sys.exit(f"usage: python -m bench {{{','.join(COMMANDS)}}} [options] (--help lists them)")
+import_module(f"bench.{sys.argv[1]}").main(sys.argv[2:])

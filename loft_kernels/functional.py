@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loft_kernels import reference as ref
 from loft_kernels.measured import HostNumbers, PreparedPair, read_numbers
-from loft_kernels.plan import Factor, Pair
+from loft_kernels.plan import Factor, Pair, StepOptions
 from loft_kernels.state import refresh_master_, state_dtype
 
 
@@ -32,6 +32,8 @@ class Side:
         g: scaled gradient in that basis, ``rows x r`` fp64.
         remembered: what the state keeps of the partner: Q, or L without calibration.
         host: numbers that the host decides on.
+        moments: what a moving factor's step is made of, until it has moved: m, and P in parts
+            (see :func:`reference.virtual_adam_projection`).
     """
 
     factor: Factor
@@ -39,6 +41,7 @@ class Side:
     g: Tensor
     remembered: Tensor
     host: HostNumbers = field(default_factory=HostNumbers)
+    moments: tuple[Tensor, Tensor | None, Tensor] | None = None
 
 
 def prepare(
@@ -84,6 +87,7 @@ def apply_(prepared: PreparedPair[Side], coefficient: float) -> None:
     if options.maximize:
         coefficient = -coefficient
     for side, moving in zip(prepared.sides, prepared.moves(), strict=True):
+        side.host.moving = moving
         _advance_moments_(side, prepared.pair, coefficient)
         if moving:
             _move_factor_(side, prepared.pair)
@@ -127,23 +131,47 @@ def _memory_key(pair: Pair) -> str:
 def _advance_moments_(side: Side, pair: Pair, coefficient: float) -> None:
     """Transport both moments into the new basis and accumulate the gradient."""
     options, state, host = pair.options, side.factor.state, side.host
-    scaled = side.g * coefficient
-    g = scaled.to(state["exp_avg"].dtype)
+    g = side.g * coefficient
     memory = state[_memory_key(pair)]
     change = None
     if not host.unchanged:
         find = ref.transition if options.calibrate else ref.transition_uncalibrated
         change = find(memory, side.remembered)
-    ref.update_first_moment_(state["exp_avg"], g, change, options.beta1)
     if options.second_moment == "full":
-        ref.update_second_moment_(state["second_moment"], g, change, options.beta2)
-        host.guard = ref.update_guard(host.guard, options.beta1, options.beta2)
-        state["guard"].fill_(host.guard)
+        _advance_full_moments_(side, options, g, change)
     else:
-        ref.update_elementwise_moment_(state["second_moment"], scaled, side.basis, options.beta2)
+        rounded = g.to(state["exp_avg"].dtype)
+        ref.update_first_moment_(state["exp_avg"], rounded, change, options.beta1)
+        ref.update_elementwise_moment_(state["second_moment"], g, side.basis, options.beta2)
     memory.copy_(side.remembered)
     host.step += 1
     state["step"].fill_(host.step)
+
+
+def _advance_full_moments_(
+    side: Side, options: StepOptions, g: Tensor, change: Tensor | None
+) -> None:
+    """Advance m, P and the guard; where the factor moves, keep P in parts not rounded together."""
+    state, host = side.factor.state, side.host
+    early = host.moving and host.step < 2
+    if early:
+        exp_avg, roots = ref.early_moments(
+            state["exp_avg"],
+            g,
+            change,
+            guard=host.guard,
+            beta1=options.beta1,
+            beta2=options.beta2,
+        )
+        side.moments = exp_avg, None, roots
+    exp_avg = state["exp_avg"]
+    ref.update_first_moment_(exp_avg, g.to(exp_avg.dtype), change, options.beta1)
+    centre = exp_avg if host.moving and not early else None
+    parts = ref.update_second_moment_(state["second_moment"], g, change, options.beta2, centre)
+    if parts is not None:
+        side.moments = exp_avg, parts[0], parts[1][None]
+    host.guard = ref.update_guard(host.guard, options.beta1, options.beta2)
+    state["guard"].fill_(host.guard)
 
 
 def _move_factor_(side: Side, pair: Pair) -> None:
@@ -151,11 +179,14 @@ def _move_factor_(side: Side, pair: Pair) -> None:
     options, state, factor = pair.options, side.factor.state, side.factor
     bias1 = ref.bias_correction(options.beta1, side.host.step)
     bias2 = ref.bias_correction(options.beta2, side.host.step)
-    if options.second_moment == "full":
+    if side.moments is not None:
+        exp_avg, second_moment, roots = side.moments
+        side.moments = None  # as large as P
         projected = ref.virtual_adam_projection(
-            state["exp_avg"],
-            state["second_moment"],
-            side.basis.q.to(state["exp_avg"].dtype),
+            exp_avg,
+            second_moment,
+            roots,
+            side.basis.q.to(exp_avg.dtype),
             bias_correction1=bias1,
             bias_correction2=bias2,
             eps=options.eps,

@@ -23,6 +23,7 @@ class HostNumbers:
         norm_sq: ``||G P||_F^2`` of this gradient; not finite if the gradient is not.
         stored_sq: squared norm of what the second moment squares; it has to fit the state.
         unchanged: the partner's basis is bitwise that of the last visit.
+        moving: the factor moves at this step.
     """
 
     step: int = 0
@@ -30,6 +31,7 @@ class HostNumbers:
     norm_sq: float = 0.0
     stored_sq: float = 0.0
     unchanged: bool = False
+    moving: bool = False
 
 
 class MeasuredSide(Protocol):

@@ -219,27 +219,66 @@ def update_first_moment_(exp_avg: Tensor, g: Tensor, change: Tensor | None, beta
 
 
 def update_second_moment_(
-    second_moment: Tensor, g: Tensor, change: Tensor | None, beta2: float
-) -> None:
-    """Transport and accumulate the second moment row by row (Eq. 11-12).
+    second_moment: Tensor,
+    g: Tensor,
+    change: Tensor | None,
+    beta2: float,
+    centre: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """Transport and accumulate the second moment row by row (Eq. 11-12), in fp64.
 
     ``P_i <- b2 C^T P_i C + (1 - b2) g_i^T g_i``. A row with coordinates g in the old basis has
     coordinates g C in the new one, hence C^T on the left.
 
     Args:
         second_moment: packed P, ``rows x r(r+1)/2``; changed in place.
-        g: scaled gradient, ``rows x r``, dtype of ``second_moment``.
+        g: scaled gradient, ``rows x r``.
         change: C, ``r x r``; None where the partner has not changed.
         beta2: decay rate.
+        centre: m after this step, ``rows x r``, to split P along; None if P need not be split.
+
+    Returns:
+        With a centre, :func:`split_along` of every row, in the dtype of P.
     """
     rank = g.shape[1]
     block = max(1, _tile_entries(g.device) // (rank * rank))
     i, j = torch.triu_indices(rank, rank, device=g.device)
-    for packed, g_rows in zip(second_moment.split(block), g.split(block), strict=True):
+    parts = None
+    if centre is not None:
+        parts = torch.empty_like(second_moment), torch.empty_like(centre)
+    for start in range(0, g.shape[0], block):
+        rows = slice(start, start + block)
+        packed, g_rows = second_moment[rows].double(), g[rows].double()
         if change is not None:
-            c = change.to(packed.dtype)
-            packed.copy_(pack_symmetric(c.T @ (unpack_symmetric(packed, rank) @ c)))
-        packed.mul_(beta2).addcmul_(g_rows[:, i], g_rows[:, j], value=1 - beta2)
+            c = change.double()
+            packed = pack_symmetric(c.T @ (unpack_symmetric(packed, rank) @ c))
+        packed = (packed * beta2).addcmul_(g_rows[:, i], g_rows[:, j], value=1 - beta2)
+        second_moment[rows] = packed
+        if centre is not None and parts is not None:
+            parts[0][rows], parts[1][rows] = split_along(centre[rows], packed)
+    return parts
+
+
+def split_along(exp_avg: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Split ``P_i = R_i + c_i^T c_i`` with c along m, as long as leaves R least.
+
+    Where gradients differ little, v is a small difference of large products of P. Split before P is
+    rounded to fp32, it is the sum of a square and of what a small R contributes.
+
+    Args:
+        exp_avg: m, ``rows x r``; its dtype is that of c, whose rounding R takes into account.
+        packed: P, ``rows x r(r+1)/2`` fp64.
+
+    Returns:
+        R, packed fp64, and c, ``rows x r``.
+    """
+    i, j = torch.triu_indices(exp_avg.shape[1], exp_avg.shape[1], device=packed.device)
+    wide = exp_avg.double()
+    length = wide.norm(dim=1, keepdim=True)
+    unit = torch.where(length > 0, wide / length, 0.0)
+    share = (packed * khatri_rao_square(unit)).sum(1, keepdim=True).clamp_(min=0)
+    c = (unit * share.sqrt_()).to(exp_avg.dtype)
+    return packed - c.double()[:, i] * c.double()[:, j], c
 
 
 def update_elementwise_moment_(
@@ -275,6 +314,41 @@ def update_guard(guard: float, beta1: float, beta2: float) -> float:
     return fresh + (guard * beta1**2 / beta2 if beta2 else math.inf)
 
 
+def early_moments(
+    exp_avg: Tensor,
+    g: Tensor,
+    change: Tensor | None,
+    *,
+    guard: float,
+    beta1: float,
+    beta2: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute both moments after a factor's first or second step without reading P back.
+
+    P is of rank one (two) there, and rounding it to fp32 ruins every small ``v = Q_j P_i Q_j^T``.
+    One gradient makes the bound of :func:`update_guard` an equality, ``P = m^T m / guard``, hence
+    ``P <- b2 (m C)^T (m C) / guard + (1 - b2) g^T g`` from m, which is stored well enough.
+
+    Args:
+        exp_avg: m before this step, ``rows x r``; not changed.
+        g: scaled gradient, ``rows x r`` fp64.
+        change: C, ``r x r``; None where the partner has not changed.
+        guard: bound after the last step; 0 before the first.
+        beta1: decay rate of the first moment.
+        beta2: decay rate of the second moment.
+
+    Returns:
+        In fp64, m after this step and the roots of P, ``1 or 2 x rows x r``: each row's P is
+        ``sum_k roots_ki^T roots_ki``.
+    """
+    root = math.sqrt(1 - beta2) * g
+    if guard == 0:
+        return (1 - beta1) * g, root[None]
+    carried = exp_avg.double() if change is None else exp_avg.double() @ change
+    roots = torch.stack([math.sqrt(beta2 / guard) * carried, root])
+    return beta1 * carried + (1 - beta1) * g, roots
+
+
 def khatri_rao_square(q: Tensor) -> Tensor:
     """Expand rows of Q so that ``Q_j P Q_j^T`` is a dot product with the packed P.
 
@@ -289,7 +363,8 @@ def khatri_rao_square(q: Tensor) -> Tensor:
 
 def virtual_adam_projection(
     exp_avg: Tensor,
-    second_moment: Tensor,
+    second_moment: Tensor | None,
+    roots: Tensor,
     q: Tensor,
     *,
     bias_correction1: float,
@@ -305,7 +380,10 @@ def virtual_adam_projection(
 
     Args:
         exp_avg: m, ``rows x r``, after this step's update.
-        second_moment: packed P, ``rows x r(r+1)/2``, after this step's update.
+        second_moment: packed P, ``rows x r(r+1)/2``, after this step's update, less what the roots
+            contain; None for nothing.
+        roots: ``k x rows x r``; each row's P is the second moment plus
+            ``sum_k roots_ki^T roots_ki``.
         q: the partner's basis, ``partner_rows x r``, dtype of ``exp_avg``.
         bias_correction1: ``1 - b1^t``.
         bias_correction2: ``1 - b2^t``.
@@ -321,11 +399,14 @@ def virtual_adam_projection(
     columns = max(1, min(q.shape[0], math.isqrt(tile)))
     rows = max(1, tile // columns)
     for q_tile in q.split(columns):
-        products = khatri_rao_square(q_tile)
+        products = None if second_moment is None else khatri_rao_square(q_tile).T
         for start in range(0, exp_avg.shape[0], rows):
             block = slice(start, start + rows)
             m = (exp_avg[block] / bias_correction1) @ q_tile.T
-            v = (second_moment[block] / bias_correction2) @ products.T
+            v = (roots[:, block] @ q_tile.T).square_().sum(0)
+            if second_moment is not None:
+                v.addmm_(second_moment[block], products)
+            v.div_(bias_correction2)
             v = torch.maximum(v, m.square().div_(bound), out=v)
             step = _divide(m, v.sqrt_().add_(eps))
             projected[block].addmm_(step, q_tile)

@@ -9,8 +9,7 @@ void basis_of(Side& side) {
   double* q = scratch<double, 2>(2 * rank * kRows);
   double* before = q + rank * kRows;
   S* memory = static_cast<S*>(side.partner_basis);
-  const Matrix remembered{memory, sizeof(S) == 8 ? Dtype::f64 : Dtype::f32, side.partner.rows,
-                          rank, rank, 1};
+  const Matrix remembered = state_rows(memory, side.partner.rows, rank);
   for (int64_t k = 0; k < rank * rank; ++k) side.change[k] = 0;
   side.unchanged = true;
   for (int64_t row = 0; row < side.partner.rows; row += kRows) {

@@ -13,20 +13,18 @@
 template <class S>
 void rows_of(const Side& side, int64_t row, int64_t count) {
   const double* g = scaled_gradient(side, row);
-  if (!(side.moving && side.early)) {
-    moments<S>(side, row, count, g);
-    if (side.moving) update<S>(side, row, count);
-    return;
+  if (!side.moving) return moments<S>(side, row, count, g, nullptr);
+  if (!side.early) {
+    const Operands<S> operands = operands_of<S>(side.rank, count, false);
+    moments(side, row, count, g, &operands);
+    return update<S>(side, row, operands, static_cast<const S*>(side.partner_basis));
   }
-  const int64_t size = side.rank * kRows;
-  double* m = scratch<double, 15>(4 * size);
-  double *root1 = m + size, *root2 = root1 + size, *before = root2 + size;
-  S* state = static_cast<S*>(side.exp_avg) + row * side.rank;
-  load_panel(Matrix{state, sizeof(S) == 8 ? Dtype::f64 : Dtype::f32, count, side.rank, side.rank, 1},
-             0, count, before);
-  early_moments(side, before, g, m, root1, root2);
-  moments<S>(side, row, count, g);
-  early_update<S>(side, row, count, m, root1, root2);
+  const S* exp_avg = static_cast<const S*>(side.exp_avg) + row * side.rank;
+  double* before = scratch<double, 15>(side.rank * kRows);
+  load_panel(state_rows(exp_avg, count, side.rank), 0, count, before);
+  const Operands<double> operands = early_moments(side, count, before, g);
+  moments<S>(side, row, count, g, nullptr);
+  update<S>(side, row, operands, side.wide_q);
 }
 
 void rows(const Side& side, int64_t row, int64_t count) {

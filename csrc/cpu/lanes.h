@@ -96,6 +96,12 @@ inline uint16_t narrowed(float value, Dtype dtype) {
   return static_cast<uint16_t>(sign | (word - (112u << 23)) >> 13);
 }
 
+// State, row-major.
+template <class S>
+Matrix state_rows(const S* data, int64_t rows, int64_t rank) {
+  return {const_cast<S*>(data), sizeof(S) == 8 ? Dtype::f64 : Dtype::f32, rows, rank, rank, 1};
+}
+
 template <class T, class Read>
 inline void fill_panel(const Matrix& x, int64_t count, T* panel, Read read) {
   for (int64_t a = 0; a < x.cols; ++a) {
@@ -125,7 +131,7 @@ void load_panel(const Matrix& x, int64_t row, int64_t count, T* panel) {
 
 // acc[i][j] = sum over depth of a[k][i] * b[k][j]: `a` holds kTall numbers per k, `b` kWide vectors.
 template <class T>
-inline void tile_product(const T* a, const T* b, int64_t stride_b, int64_t depth,
+inline void tile_product(const T* a, int64_t stride_a, const T* b, int64_t stride_b, int64_t depth,
                          Vec<T> (&acc)[kTall][kWide]) {
   for (int i = 0; i < kTall; ++i)
     for (int j = 0; j < kWide; ++j) acc[i][j] = Vec<T>{};
@@ -133,7 +139,7 @@ inline void tile_product(const T* a, const T* b, int64_t stride_b, int64_t depth
     Vec<T> wide[kWide];
     for (int j = 0; j < kWide; ++j) wide[j] = lanes_at(b + k * stride_b + j * Lanes<T>::count);
     for (int i = 0; i < kTall; ++i)
-      for (int j = 0; j < kWide; ++j) acc[i][j] += a[k * kTall + i] * wide[j];
+      for (int j = 0; j < kWide; ++j) acc[i][j] += a[k * stride_a + i] * wide[j];
   }
 }
 
@@ -157,7 +163,7 @@ void transform_panel(const T* packed, int64_t rank, const T* in, T* out) {
   for (int64_t k = 0; k < rank; k += kTall, packed += rank * kTall)
     for (int64_t l = 0; l < kRows; l += tile_width<T>) {
       Vec<T> acc[kTall][kWide];
-      tile_product(packed, in + l, kRows, rank, acc);
+      tile_product(packed, kTall, in + l, kRows, rank, acc);
       for (int i = 0; i < kTall && k + i < rank; ++i)
         for (int j = 0; j < kWide; ++j)
           lanes_at(out + (k + i) * kRows + l + j * Lanes<T>::count) = acc[i][j];

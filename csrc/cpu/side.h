@@ -66,7 +66,7 @@ struct Kernels {
 
 // Memory of this thread, one block per purpose, aligned to 64 bytes; it grows and is kept.
 void* thread_scratch(int purpose, int64_t bytes);
-constexpr int kPurposes = 17;
+constexpr int kPurposes = 16;
 
 // nullptr where the compiler cannot build this instruction set.
 const Kernels* kernels_portable();

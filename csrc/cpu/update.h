@@ -5,15 +5,6 @@
 
 constexpr int64_t kStrips = 4;  // tile widths that share one pass of the projection
 
-// The operands of a row block, groups of kTall rows.
-template <class T>
-struct Block {
-  int64_t rank, rows, groups;
-  const T *m, *p;               // depth r, and depth K
-  const T *root1, *root2;       // in place of p, each of depth r, where P is of low rank
-  T eps, bound_inv, bias2;
-};
-
 // Q's columns as strip x r x width; columns beyond r (to a multiple of 4) and rows beyond n are 0.
 template <class T, class S>
 void load_strip(const S* q, int64_t rank, int64_t count, T* out) {
@@ -40,24 +31,31 @@ void expand_strip(const T* strip, int64_t rank, T* out) {
 
 // D = m~ / (sqrt(max(v, m~^2 / bound)) + eps) with x / 0 = 0, for one tile.
 template <class T>
-inline void step_tile(const Block<T>& block, int64_t group, const T* strip, const T* products, T* out) {
+inline void step_tile(const Operands<T>& block, int64_t group, const T* strip, const T* products, T eps,
+                      T bound_inv, T* out) {
   constexpr int64_t width = tile_width<T>, step = Lanes<T>::count;
   const int64_t rank = block.rank, place = group * rank * kTall;
   Vec<T> m[kTall][kWide], v[kTall][kWide];
-  if (block.p) {
+  if (block.residual) {
     const int64_t length = packed_length(rank);
-    tile_product(block.p + group * length * kTall, products, width, length, v);
-  } else {
-    tile_product(block.root1 + place, strip, width, rank, m);
-    tile_product(block.root2 + place, strip, width, rank, v);
+    tile_product(block.residual + group * length * kTall, kTall, products, width, length, v);
+    tile_product(block.m + place, kTall, strip, width, rank, m);
     for (int i = 0; i < kTall; ++i)
-      for (int j = 0; j < kWide; ++j) v[i][j] = (m[i][j] * m[i][j] + v[i][j] * v[i][j]) / block.bias2;
+      for (int j = 0; j < kWide; ++j) {
+        const Vec<T> root = block.share[group * kTall + i] * m[i][j];
+        v[i][j] += root * root;
+      }
+  } else {
+    tile_product(block.roots[0] + place, kTall, strip, width, rank, m);
+    tile_product(block.roots[1] + place, kTall, strip, width, rank, v);
+    for (int i = 0; i < kTall; ++i)
+      for (int j = 0; j < kWide; ++j) v[i][j] = m[i][j] * m[i][j] + v[i][j] * v[i][j];
+    tile_product(block.m + place, kTall, strip, width, rank, m);
   }
-  tile_product(block.m + place, strip, width, rank, m);
   for (int i = 0; i < kTall; ++i)
     for (int j = 0; j < kWide; ++j) {
-      const Vec<T> least = m[i][j] * m[i][j] * block.bound_inv;
-      const Vec<T> root = square_root(least > v[i][j] ? least : v[i][j]) + block.eps;
+      const Vec<T> least = m[i][j] * m[i][j] * bound_inv;
+      const Vec<T> root = square_root(least > v[i][j] ? least : v[i][j]) + eps;
       lanes_at(out + i * width + j * step) = root > Vec<T>{} ? m[i][j] / root : Vec<T>{};
     }
 }
@@ -89,9 +87,10 @@ inline void project(const T* steps, int64_t stride_steps, const T* strips, int64
 
 // D Q for a row block, rows x r in fp64.
 template <class T, class S>
-void virtual_adam_projection(const Block<T>& block, const S* q, int64_t q_rows, double* projected) {
+void virtual_adam_projection(const Side& side, const Operands<T>& block, const S* q, double* projected) {
   constexpr int64_t width = tile_width<T>, step = Lanes<T>::count;
-  const int64_t rank = block.rank, padded = round_up(rank, 4);
+  const int64_t rank = block.rank, padded = round_up(rank, 4), q_rows = side.partner.rows;
+  const T eps = static_cast<T>(side.eps), bound_inv = static_cast<T>(side.bound_inv);
   T* strips = scratch<T, 8>(kStrips * padded * width);
   T* products = scratch<T, 9>(packed_length(rank) * width);
   T* steps = scratch<T, 10>(kStrips * kRows * width);
@@ -103,9 +102,10 @@ void virtual_adam_projection(const Block<T>& block, const S* q, int64_t q_rows, 
       const int64_t row = first + count * width, left = q_rows - row;
       T* strip = strips + count * padded * width;
       load_strip(q + row * rank, rank, left < width ? left : width, strip);
-      if (block.p) expand_strip(strip, rank, products);
+      if (block.residual) expand_strip(strip, rank, products);
       for (int64_t group = 0; group < block.groups; ++group)
-        step_tile(block, group, strip, products, steps + (count * kRows + group * kTall) * width);
+        step_tile(block, group, strip, products, eps, bound_inv,
+                  steps + (count * kRows + group * kTall) * width);
     }
     for (int64_t group = 0; group < block.groups; ++group)
       project(steps + group * kTall * width, kRows * width, strips, padded, count,
@@ -147,36 +147,10 @@ void move_rows(const Side& side, int64_t row, int64_t count, const double* proje
   }
 }
 
-template <class S>
-void update(const Side& side, int64_t row, int64_t count) {
-  const int64_t rank = side.rank, length = packed_length(rank);
-  const int64_t groups = round_up(count, kTall) / kTall;
-  S* m = scratch<S, 13>(groups * kTall * (rank + length));
-  S* p = m + groups * kTall * rank;
-  pack_rows(static_cast<S*>(side.exp_avg) + row * rank, rank, int64_t(1), count, rank,
-            static_cast<S>(side.bias1), m);
-  pack_rows(static_cast<S*>(side.second_moment) + row * length, length, int64_t(1), count, length,
-            static_cast<S>(side.bias2), p);
-  const Block<S> block{rank, count, groups, m, p, nullptr, nullptr, static_cast<S>(side.eps),
-                       static_cast<S>(side.bound_inv), static_cast<S>(side.bias2)};
-  double* projected = scratch<double, 14>(kRows * rank);
-  virtual_adam_projection(block, static_cast<const S*>(side.partner_basis), side.partner.rows, projected);
-  move_rows<S>(side, row, count, projected);
-}
-
-// The same in fp64, from m and the roots of P as panels.
-template <class S>
-void early_update(const Side& side, int64_t row, int64_t count, const double* m, const double* root1,
-                  const double* root2) {
-  const int64_t rank = side.rank, groups = round_up(count, kTall) / kTall;
-  const int64_t size = groups * kTall * rank;
-  double* operands = scratch<double, 13>(3 * size);
-  pack_rows(m, int64_t(1), kRows, count, rank, side.bias1, operands);
-  pack_rows(root1, int64_t(1), kRows, count, rank, 1.0, operands + size);
-  pack_rows(root2, int64_t(1), kRows, count, rank, 1.0, operands + 2 * size);
-  const Block<double> block{rank, count, groups, operands, nullptr, operands + size,
-                            operands + 2 * size, side.eps, side.bound_inv, side.bias2};
-  double* projected = scratch<double, 14>(kRows * rank);
-  virtual_adam_projection(block, side.wide_q, side.partner.rows, projected);
-  move_rows<S>(side, row, count, projected);
+// Move a row block by the step that the operands describe.
+template <class S, class T, class Basis>
+void update(const Side& side, int64_t row, const Operands<T>& operands, const Basis* q) {
+  double* projected = scratch<double, 14>(kRows * side.rank);
+  virtual_adam_projection(side, operands, q, projected);
+  move_rows<S>(side, row, operands.rows, projected);
 }
