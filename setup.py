@@ -1,11 +1,10 @@
 """Build the C++ extension where it can be built; everything else stands in pyproject.toml.
 
-It needs a C++17 compiler (GCC or Clang) and the headers of torch >= 2.10, which are looked for in the
-build environment and in the environment that is installed into, without importing torch. Where
-something is missing the package is pure Python. One build serves every Python and torch from there
-on: the extension calls no Python and only libtorch's stable ABI.
+It needs a C++17 compiler (GCC or Clang) and the headers of torch >= 2.10, looked for without
+importing torch; else the package is pure Python. One build serves every later Python and torch.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = sorted(map(str, Path("csrc").rglob("*.cpp")))
-HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))
 # The GNU dialect, because there a * b + c may become one rounding; nothing else is relaxed.
 FLAGS = ["-std=gnu++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi"]
 # Nothing that torch 2.10 lacks is used: its headers hide what is newer.
@@ -39,32 +37,33 @@ class BuildWithNinja(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Let ninja make the objects and setuptools link them."""
-        command = [sys.executable, "-m", "ninja"] if find_spec("ninja") else ["ninja"]
+        ninja = [sys.executable, "-m", "ninja"] if find_spec("ninja") else ["ninja"]
         if not find_spec("ninja") and not shutil.which("ninja"):
             return super().build_extension(ext)
-        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
-        words = [*compiler, *FLAGS, *(f"-D{k}" + (f"={v}" if v else "") for k, v in DEFINES)]
+        cxx = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
+        words = [*cxx, *FLAGS, *(f"-D{k}" + (f"={v}" if v else "") for k, v in DEFINES)]
         words += [f"-I{folder}" for folder in ext.include_dirs]
         folder = Path(self.build_temp).resolve()
         rules = [f"rule cxx\n  command = {' '.join(words)} -MD -MF $out.d -c $in -o $out"]
-        rules += ["  depfile = $out.d\n  deps = gcc"]
+        rules.append("  depfile = $out.d\n  deps = gcc")
         objects = {source: f"{folder / Path(source).stem}.o" for source in ext.sources}
         rules += [f"build {out}: cxx {Path(source).resolve()}" for source, out in objects.items()]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text("\n".join(rules) + "\n")
-        subprocess.run([*command, "-C", str(folder)], check=True)
+        subprocess.run([*ninja, "-C", str(folder)], check=True)
         ext.sources, ext.extra_objects = [], list(objects.values())
         return super().build_extension(ext)
 
 
-torch, compiler = find_torch(), shutil.which((sysconfig.get_config_var("CXX") or "c++").split()[0])
+torch = find_torch()
+compiler = shutil.which(os.environ.get("CXX", sysconfig.get_config_var("CXX") or "c++").split()[0])
 buildable = bool(torch and compiler) and sys.platform != "win32"
 if not buildable:
     print(f"loft_kernels: pure Python, no C++ (torch's headers: {torch}, compiler: {compiler})")
 native = Extension(
     "loft_kernels._native",
     SOURCES,
-    depends=HEADERS,
+    depends=sorted(map(str, Path("csrc").rglob("*.h"))),
     include_dirs=[str(torch / "include")] if torch else [],
     library_dirs=[str(torch / "lib")] if torch else [],
     libraries=["torch_cpu"],

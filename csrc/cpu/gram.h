@@ -9,7 +9,8 @@ inline void add_products(const double* p, const double* q, int64_t rank, double*
       const int64_t width = rank - b < block ? rank - b : block;
       for (int64_t l = 0; l < kRows; l += step)
         for (int64_t j = 0; j < block; ++j)
-          acc[j] += lanes_at(p + a * kRows + l) * lanes_at(q + (b + (j < width ? j : 0)) * kRows + l);
+          acc[j] +=
+              lanes_at(p + a * kRows + l) * lanes_at(q + (b + (j < width ? j : 0)) * kRows + l);
       for (int64_t j = 0; j < width; ++j) out[a * rank + b + j] += sum_lanes<double>(acc[j]);
     }
 }

@@ -19,7 +19,8 @@ namespace avx512 {
 }  // namespace avx512
 
 const Kernels* kernels_avx512() {
-  static const Kernels table{"avx512", avx512::gram, avx512::gradient_norm, avx512::basis, avx512::rows};
+  static const Kernels table{"avx512", avx512::gram, avx512::gradient_norm, avx512::basis,
+                             avx512::rows};
   return &table;
 }
 

@@ -54,7 +54,9 @@ T* scratch(int64_t count) {
   return static_cast<T*>(thread_scratch(purpose, count * static_cast<int64_t>(sizeof(T))));
 }
 
-inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+inline int64_t round_up(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
 
 inline float widened(uint16_t bits, Dtype dtype) {
   uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16, word = 0;
@@ -106,7 +108,8 @@ template <class T, class Read>
 inline void fill_panel(const Matrix& x, int64_t count, T* panel, Read read) {
   for (int64_t a = 0; a < x.cols; ++a) {
     T* out = panel + a * kRows;
-    for (int64_t l = 0; l < count; ++l) out[l] = static_cast<T>(read(l * x.stride_row + a * x.stride_col));
+    for (int64_t l = 0; l < count; ++l)
+      out[l] = static_cast<T>(read(l * x.stride_row + a * x.stride_col));
     for (int64_t l = count; l < kRows; ++l) out[l] = 0;
   }
 }
@@ -129,7 +132,8 @@ void load_panel(const Matrix& x, int64_t row, int64_t count, T* panel) {
   }
 }
 
-// acc[i][j] = sum over depth of a[k][i] * b[k][j]: `a` holds kTall numbers per k, `b` kWide vectors.
+// acc[i][j] = sum over depth of a[k][i] * b[k][j]: `a` holds kTall numbers per k, `b` kWide
+// vectors.
 template <class T>
 inline void tile_product(const T* a, int64_t stride_a, const T* b, int64_t stride_b, int64_t depth,
                          Vec<T> (&acc)[kTall][kWide]) {

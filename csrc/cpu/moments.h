@@ -3,7 +3,8 @@
 // g = grad L^-T / s times the step's coefficient (clipping, unscaling, sign), rank x kRows.
 inline const double* scaled_gradient(const Side& side, int64_t row) {
   double* space = scratch<double, 1>(packed_size(side.rank));
-  const double* g = basis_panel(side.grad, row, packed(side.chol_inv, side.rank, side.scaling, space));
+  const double* g =
+      basis_panel(side.grad, row, packed(side.chol_inv, side.rank, side.scaling, space));
   double* scaled = scratch<double, 2>(side.rank * kRows);
   for (int64_t k = 0; k < side.rank * kRows; ++k) scaled[k] = g[k] * side.coefficient;
   return scaled;
@@ -11,7 +12,8 @@ inline const double* scaled_gradient(const Side& side, int64_t row) {
 
 // m <- b1 m C + (1 - b1) g.
 template <class S>
-void update_first_moment(const Side& side, int64_t row, int64_t count, const S* g, const S* packed_c) {
+void update_first_moment(const Side& side, int64_t row, int64_t count, const S* g,
+                         const S* packed_c) {
   const int64_t rank = side.rank;
   S* state = static_cast<S*>(side.exp_avg) + row * rank;
   S* before = scratch<S, 3>(2 * rank * kRows);
@@ -27,17 +29,18 @@ void update_first_moment(const Side& side, int64_t row, int64_t count, const S* 
       state[l * rank + a] = beta * m[a * kRows + l] + rest * g[a * kRows + l];
 }
 
-// Where a moving factor's second moment goes on its way to the update: m^ = m / bias1 and P^ = P / bias2
-// of a row block in groups of kTall rows, ready for tile_product. P^ comes in parts that are not
-// rounded together, because v is a small difference of large products where gradients differ little:
-// P^ = R + s^2 m^T m with s^2 m^T m as large as leaves R least, or P^ = sum of roots^T roots.
+// Where a moving factor's second moment goes on its way to the update: m^ = m / bias1 and P^ = P /
+// bias2 of a row block in groups of kTall rows, ready for tile_product. P^ comes in parts that are
+// not rounded together, because v is a small difference of large products where gradients differ
+// little: P^ = R + s^2 m^T m with s^2 m^T m as large as leaves R least, or P^ = sum of roots^T
+// roots.
 template <class T>
 struct Operands {
   int64_t rank, rows, groups;
-  T* m;           // [group][r][kTall]
-  T* residual;    // [group][r(r+1)/2][kTall], or null
-  T* share;       // s, [group][kTall]
-  T* roots[2];    // [group][r][kTall] each, where there is no residual
+  T* m;         // [group][r][kTall]
+  T* residual;  // [group][r(r+1)/2][kTall], or null
+  T* share;     // s, [group][kTall]
+  T* roots[2];  // [group][r][kTall] each, where there is no residual
 };
 
 template <class T>
@@ -52,15 +55,16 @@ Operands<T> operands_of(int64_t rank, int64_t rows, bool early) {
 }
 
 // full <- b2 C^T full C for one symmetric matrix, r x r with rows `stride` apart.
-inline void transport(const double* full, const double* change, int64_t rank, int64_t stride, double beta,
-                      double* half, double* out) {
+inline void transport(const double* full, const double* change, int64_t rank, int64_t stride,
+                      double beta, double* half, double* out) {
   Vec<double> acc[kTall][kWide];
   constexpr int64_t width = tile_width<double>, step = Lanes<double>::count;
   for (int64_t a = 0; a < rank; a += kTall)
     for (int64_t b = 0; b < stride; b += width) {
       tile_product(full + a, stride, change + b, stride, rank, acc);  // full is symmetric
       for (int i = 0; i < kTall && a + i < rank; ++i)
-        for (int j = 0; j < kWide; ++j) lanes_at(half + (a + i) * stride + b + j * step) = acc[i][j];
+        for (int j = 0; j < kWide; ++j)
+          lanes_at(half + (a + i) * stride + b + j * step) = acc[i][j];
     }
   for (int64_t a = 0; a < rank; a += kTall)
     for (int64_t b = a / width * width; b < stride; b += width) {  // upper triangle
@@ -107,7 +111,8 @@ void split_along(const double* p, int64_t stride, const S* exp_avg, double bias1
 template <class S>
 void update_second_moment(const Side& side, int64_t row, int64_t count, const double* g,
                           const Operands<S>* operands) {
-  const int64_t rank = side.rank, stride = round_up(rank, tile_width<double>), size = rank * stride + kTall;
+  const int64_t rank = side.rank, stride = round_up(rank, tile_width<double>),
+                size = rank * stride + kTall;
   const double beta = side.beta2, rest = 1 - side.beta2;
   double* change = scratch<double, 4>(4 * round_up(size, tile_width<double>) + stride);
   double* full = change + round_up(size, tile_width<double>);
@@ -123,7 +128,8 @@ void update_second_moment(const Side& side, int64_t row, int64_t count, const do
     const double scale = side.unchanged ? beta : 1;
     const S* stored = state;
     for (int64_t a = 0; a < rank; ++a, stored += rank - a + 1)
-      for (int64_t b = a; b < rank; ++b) full[a * stride + b] = scale * static_cast<double>(stored[b - a]);
+      for (int64_t b = a; b < rank; ++b)
+        full[a * stride + b] = scale * static_cast<double>(stored[b - a]);
     if (!side.unchanged) {
       for (int64_t a = 1; a < rank; ++a)
         for (int64_t b = 0; b < a; ++b) full[a * stride + b] = full[b * stride + a];

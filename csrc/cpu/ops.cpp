@@ -1,8 +1,8 @@
 // The operators loft_kernels::prepare_ and apply_, and the checks of their arguments.
 //
 // Lists run over the factors of all pairs, lora_B before lora_A: entry i belongs to the factor i,
-// whose partner is i ^ 1. An empty gradient (numel 0) means that the factor takes no part; its state
-// may then be empty, too. Only functions of libtorch's stable ABI are used.
+// whose partner is i ^ 1. An empty gradient (numel 0) means that the factor takes no part; its
+// state may then be empty, too. Only functions of libtorch's stable ABI are used.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -25,7 +25,18 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
 // Columns of `settings`, one row per factor; backends/cpu.py writes them in this order.
-enum Setting { kScaling, kDamping, kLr, kWeightDecay, kBeta1, kBeta2, kEps, kSign, kMoving, kSettings };
+enum Setting {
+  kScaling,
+  kDamping,
+  kLr,
+  kWeightDecay,
+  kBeta1,
+  kBeta2,
+  kEps,
+  kSign,
+  kMoving,
+  kSettings
+};
 
 template <class... Parts>
 void require(bool condition, const Parts&... parts) {
@@ -85,11 +96,20 @@ Matrix matrix(const Tensor& t, const Name& name, bool transposed) {
   require(t.dim() == 2, name, " must be a matrix, but has shape ", shape_of(t));
   Matrix x;
   switch (t.scalar_type()) {
-    case ScalarType::Double: x.dtype = Dtype::f64; break;
-    case ScalarType::Float: x.dtype = Dtype::f32; break;
-    case ScalarType::Half: x.dtype = Dtype::f16; break;
-    case ScalarType::BFloat16: x.dtype = Dtype::bf16; break;
-    default: require(false, name, " must be float64, float32, float16 or bfloat16");
+    case ScalarType::Double:
+      x.dtype = Dtype::f64;
+      break;
+    case ScalarType::Float:
+      x.dtype = Dtype::f32;
+      break;
+    case ScalarType::Half:
+      x.dtype = Dtype::f16;
+      break;
+    case ScalarType::BFloat16:
+      x.dtype = Dtype::bf16;
+      break;
+    default:
+      require(false, name, " must be float64, float32, float16 or bfloat16");
   }
   x.data = t.data_ptr();
   x.rows = t.size(transposed ? 1 : 0), x.cols = t.size(transposed ? 0 : 1);
@@ -104,7 +124,8 @@ class Overlaps {
     if (t.numel() == 0) return;
     int64_t last = 0;
     for (int64_t d = 0; d < t.dim(); ++d) {
-      require(!written || t.size(d) < 2 || t.stride(d) != 0, name, " is expanded: its entries share memory");
+      require(!written || t.size(d) < 2 || t.stride(d) != 0, name,
+              " is expanded: its entries share memory");
       last += (t.size(d) - 1) * t.stride(d);
     }
     const auto start = reinterpret_cast<uintptr_t>(t.data_ptr());
@@ -117,7 +138,8 @@ class Overlaps {
   }
 
   void check() {
-    std::sort(spans_.begin(), spans_.end(), [](const Span& a, const Span& b) { return a.start < b.start; });
+    std::sort(spans_.begin(), spans_.end(),
+              [](const Span& a, const Span& b) { return a.start < b.start; });
     for (size_t i = 0; i < spans_.size(); ++i)
       for (size_t k = i + 1; k < spans_.size() && spans_[k].start < spans_[i].end; ++k) {
         const Span &a = spans_[i], &b = spans_[k];
@@ -152,7 +174,8 @@ void require_count(const Tensors& list, const char* name, size_t count) {
 std::vector<Side> sides_of(const Tensors& factors, const Tensors& grads, const Tensor& settings,
                            const Tensor& transforms) {
   const int64_t count = static_cast<int64_t>(factors.size());
-  require(count % 2 == 0, "factors must hold pairs, lora_B before lora_A, but has ", count, " entries");
+  require(count % 2 == 0, "factors must hold pairs, lora_B before lora_A, but has ", count,
+          " entries");
   require_count(grads, "grads", count);
   const double* values =
       contiguous<double>(settings, {"settings"}, ScalarType::Double, "float64", {count, kSettings});
@@ -166,7 +189,8 @@ std::vector<Side> sides_of(const Tensors& factors, const Tensors& grads, const T
     side.wide = side.factor.dtype == Dtype::f64;
     space += 3 * side.rank * side.rank;
   }
-  double* place = contiguous<double>(transforms, {"transforms"}, ScalarType::Double, "float64", {space});
+  double* place =
+      contiguous<double>(transforms, {"transforms"}, ScalarType::Double, "float64", {space});
   for (int64_t i = 0; i < count; ++i, values += kSettings) {
     Side& side = sides[i];
     side.partner = sides[i ^ 1].factor;
@@ -182,18 +206,20 @@ std::vector<Side> sides_of(const Tensors& factors, const Tensors& grads, const T
     require_plain(grads[i], {"grads", i});
     if (grads[i].numel() == 0) continue;
     side.grad = matrix(grads[i], {"grads", i}, i % 2);
-    require(side.grad.rows == side.factor.rows && side.grad.cols == side.rank, Name{"grads", i}, " has shape ",
-            shape_of(grads[i]), ", but ", Name{"factors", i}, " has shape ", shape_of(factors[i]));
+    require(side.grad.rows == side.factor.rows && side.grad.cols == side.rank, Name{"grads", i},
+            " has shape ", shape_of(grads[i]), ", but ", Name{"factors", i}, " has shape ",
+            shape_of(factors[i]));
   }
   return sides;
 }
 
-void prepare_(const Tensors factors, const Tensors grads, const Tensors steps, const Tensor settings,
-              Tensor transforms, Tensor numbers) {
+void prepare_(const Tensors factors, const Tensors grads, const Tensors steps,
+              const Tensor settings, Tensor transforms, Tensor numbers) {
   const std::vector<Side> sides = sides_of(factors, grads, settings, transforms);
   const int64_t count = static_cast<int64_t>(sides.size());
   require_count(steps, "steps", count);
-  double* found = contiguous<double>(numbers, {"numbers"}, ScalarType::Double, "float64", {count, 2});
+  double* found =
+      contiguous<double>(numbers, {"numbers"}, ScalarType::Double, "float64", {count, 2});
   Overlaps overlaps;
   overlaps.add(transforms, {"transforms"}, true);
   overlaps.add(numbers, {"numbers"}, true);
@@ -215,14 +241,17 @@ void prepare_(const Tensors factors, const Tensors grads, const Tensors steps, c
 
 void apply_(const Tensors factors, const Tensors grads, const Tensors steps, const Tensors guards,
             const Tensors exp_avgs, const Tensors second_moments, const Tensors partner_bases,
-            const Tensors masters, const Tensor settings, const Tensor transforms, double coefficient) {
+            const Tensors masters, const Tensor settings, const Tensor transforms,
+            double coefficient) {
   std::vector<Side> sides = sides_of(factors, grads, settings, transforms);
   const int64_t count = static_cast<int64_t>(sides.size());
-  const std::pair<const Tensors*, const char*> lists[] = {
-      {&factors, "factors"},   {&steps, "steps"},
-      {&guards, "guards"},     {&exp_avgs, "exp_avgs"},
-      {&second_moments, "second_moments"}, {&partner_bases, "partner_bases"},
-      {&masters, "masters"}};
+  const std::pair<const Tensors*, const char*> lists[] = {{&factors, "factors"},
+                                                          {&steps, "steps"},
+                                                          {&guards, "guards"},
+                                                          {&exp_avgs, "exp_avgs"},
+                                                          {&second_moments, "second_moments"},
+                                                          {&partner_bases, "partner_bases"},
+                                                          {&masters, "masters"}};
   Overlaps overlaps;
   overlaps.add(settings, {"settings"}, false);
   overlaps.add(transforms, {"transforms"}, false);

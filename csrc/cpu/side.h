@@ -76,7 +76,8 @@ const Kernels* kernels_avx512();
 // The fastest set that this processor runs; ATEN_CPU_CAPABILITY lowers it, as it does torch's own.
 const Kernels& kernels();
 
-// Factor the Gram matrix of the partner, and that of its first basis; fills first, second, chol_inv.
+// Factor the Gram matrix of the partner, and that of its first basis; fills first, second,
+// chol_inv.
 void solve(const Side& side, const Kernels& kernels);
 
 }  // namespace loft

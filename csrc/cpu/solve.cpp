@@ -93,7 +93,8 @@ Square identity(int64_t r) {
 }
 
 // L^+ = M (I + Z^T Z)^-1 (kept I + Z^T) with Z = L_dropped M.
-Square pseudo_inverse(const Square& chol, const Square& inverse, const std::vector<bool>& kept, int64_t r) {
+Square pseudo_inverse(const Square& chol, const Square& inverse, const std::vector<bool>& kept,
+                      int64_t r) {
   Square dropped = chol;
   for (int64_t i = 0; i < r; ++i)
     for (int64_t k = 0; kept[i] && k < r; ++k) dropped[i * r + k] = 0;

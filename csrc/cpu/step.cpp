@@ -102,7 +102,8 @@ void apply(std::vector<Side>& sides) {
   std::vector<Item> items;
   for (const bool moving : {true, false})
     for (const Side& side : sides)
-      for (int64_t row = 0; side.grad.data && side.moving == moving && row < side.factor.rows; row += kRows)
+      for (int64_t row = 0; side.grad.data && side.moving == moving && row < side.factor.rows;
+           row += kRows)
         items.push_back({&side, row});
   for_each_item(static_cast<int64_t>(items.size()), [&](int64_t i) {
     const auto [side, row] = items[i];

@@ -31,8 +31,8 @@ void expand_strip(const T* strip, int64_t rank, T* out) {
 
 // D = m~ / (sqrt(max(v, m~^2 / bound)) + eps) with x / 0 = 0, for one tile.
 template <class T>
-inline void step_tile(const Operands<T>& block, int64_t group, const T* strip, const T* products, T eps,
-                      T bound_inv, T* out) {
+inline void step_tile(const Operands<T>& block, int64_t group, const T* strip, const T* products,
+                      T eps, T bound_inv, T* out) {
   constexpr int64_t width = tile_width<T>, step = Lanes<T>::count;
   const int64_t rank = block.rank, place = group * rank * kTall;
   Vec<T> m[kTall][kWide], v[kTall][kWide];
@@ -62,15 +62,16 @@ inline void step_tile(const Operands<T>& block, int64_t group, const T* strip, c
 
 // sums[i][k] += D[i] . Q[k] by lanes, for kTall rows of one group and all strips.
 template <class T>
-inline void project(const T* steps, int64_t stride_steps, const T* strips, int64_t padded, int64_t count,
-                    T* sums) {
+inline void project(const T* steps, int64_t stride_steps, const T* strips, int64_t padded,
+                    int64_t count, T* sums) {
   constexpr int64_t width = tile_width<T>, step = Lanes<T>::count;
   constexpr int tall = LOFT_VECTOR_BYTES == 64 ? kTall : 2;
   for (int64_t top = 0; top < kTall; top += tall)
     for (int64_t k = 0; k < padded; k += 4) {
       Vec<T> acc[tall][4];
       for (int i = 0; i < tall; ++i)
-        for (int b = 0; b < 4; ++b) acc[i][b] = lanes_at(sums + ((top + i) * padded + k + b) * step);
+        for (int b = 0; b < 4; ++b)
+          acc[i][b] = lanes_at(sums + ((top + i) * padded + k + b) * step);
       for (int64_t s = 0; s < count; ++s)
         for (int64_t l = 0; l < width; l += step) {
           Vec<T> q[4];
@@ -81,13 +82,15 @@ inline void project(const T* steps, int64_t stride_steps, const T* strips, int64
           }
         }
       for (int i = 0; i < tall; ++i)
-        for (int b = 0; b < 4; ++b) lanes_at(sums + ((top + i) * padded + k + b) * step) = acc[i][b];
+        for (int b = 0; b < 4; ++b)
+          lanes_at(sums + ((top + i) * padded + k + b) * step) = acc[i][b];
     }
 }
 
 // D Q for a row block, rows x r in fp64.
 template <class T, class S>
-void virtual_adam_projection(const Side& side, const Operands<T>& block, const S* q, double* projected) {
+void virtual_adam_projection(const Side& side, const Operands<T>& block, const S* q,
+                             double* projected) {
   constexpr int64_t width = tile_width<T>, step = Lanes<T>::count;
   const int64_t rank = block.rank, padded = round_up(rank, 4), q_rows = side.partner.rows;
   const T eps = static_cast<T>(side.eps), bound_inv = static_cast<T>(side.bound_inv);
