@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     test = commands.add_parser("selftest", help="compare every backend with fp64")
     test.add_argument("--require", default="", help="comma-separated backends that must run here")
     memory = commands.add_parser("memory", help="optimizer state and workspace of a model")
-    memory.add_argument("--shapes", required=True, help=f"{', '.join(SHAPE_SETS)}, or 4096x11008,...")
+    memory.add_argument(
+        "--shapes", required=True, help=f"{', '.join(SHAPE_SETS)}, or 4096x11008,..."
+    )
     memory.add_argument("--rank", type=int, required=True)
     memory.add_argument("--half", action="store_true", help="fp16 or bf16 factors (fp32 masters)")
     args = parser.parse_args(argv)
@@ -73,7 +75,9 @@ def _memory(shapes: str, rank: int, *, half: bool) -> int:
     try:
         pairs = _pairs(shapes)
     except ValueError:
-        _say(f"unknown shapes {shapes!r}: a name ({', '.join(SHAPE_SETS)}) or m x n as 4096x11008,...")
+        _say(
+            f"unknown shapes {shapes!r}: a name ({', '.join(SHAPE_SETS)}) or m x n as 4096x11008,..."
+        )
         return 2
     if rank < 1:
         _say(f"rank {rank} must be at least 1")

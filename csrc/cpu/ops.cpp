@@ -188,14 +188,15 @@ std::vector<Side> sides_of(const Tensors& factors, const Tensors& grads, const T
     require(side.rank > 0, Name{"factors", i}, " has rank 0");
     side.wide = side.factor.dtype == Dtype::f64;
     space += 3 * side.rank * side.rank;
+    const Side& before = sides[i - i % 2];
+    require(before.rank == side.rank, Name{"factors", i - i % 2}, " has rank ", before.rank,
+            ", but ", Name{"factors", i}, " has rank ", side.rank);
   }
   double* place =
       contiguous<double>(transforms, {"transforms"}, ScalarType::Double, "float64", {space});
   for (int64_t i = 0; i < count; ++i, values += kSettings) {
     Side& side = sides[i];
     side.partner = sides[i ^ 1].factor;
-    require(side.partner.cols == side.rank, Name{"factors", i}, " has rank ", side.rank, ", but ",
-            Name{"factors", i ^ 1}, " has rank ", side.partner.cols);
     const int64_t square = side.rank * side.rank;
     side.first = place, side.second = place + square, side.chol_inv = place + 2 * square;
     place += 3 * square;

@@ -7,9 +7,9 @@ asked for; nothing is compiled here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,31 @@ def missing() -> str | None:
         torch.ops.load_library(str(found[0]))
     except (OSError, RuntimeError) as error:
         # dlopen's message stands in the first line; the rest repeats it.
-        return f"{found[0].name} does not load into torch {torch.__version__}: {error}".split("\n")[0]
+        return f"{found[0].name} does not load into torch {torch.__version__}: {error}".split("\n")[
+            0
+        ]
     for name in ("prepare_", "apply_"):
-        # Both operators return nothing and allocate nothing.
-        torch.library.register_fake(f"loft_kernels::{name}", lambda *_: None)
+        torch.library.register_fake(f"loft_kernels::{name}", partial(_fake, name))
     return None
+
+
+def _fake(operator: str, *arguments: Any) -> None:
+    """Stand in for an operator without data: both return nothing and allocate nothing.
+
+    Raises:
+        RuntimeError: only some of the tensors are without data; names the first.
+    """
+    schema = getattr(torch.ops.loft_kernels, operator).default._schema
+    names = [argument.name for argument in schema.arguments]
+    tensors = {}
+    for name, value in zip(names, arguments, strict=True):
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, Sequence):
+            tensors |= {f"{name}[{i}]": t for i, t in enumerate(value)}
+    absent = [name for name, t in tensors.items() if t.is_meta]
+    if absent and len(absent) < len(tensors):
+        raise RuntimeError(f"loft_kernels: {absent[0]} must be on the CPU, but is on meta")
 
 
 def about() -> str:
@@ -108,7 +128,10 @@ class CpuStep:
             numbers,
         )
         measured = iter(numbers.tolist())
-        prepared = [PreparedPair(pair, [_side(f, next(measured)) for f in (pair.b, pair.a)]) for pair in pairs]
+        prepared = [
+            PreparedPair(pair, [_side(f, next(measured)) for f in (pair.b, pair.a)])
+            for pair in pairs
+        ]
         for entry in prepared:
             entry.sides = [side for side in entry.sides if side.factor.grad is not None]
         return prepared, read_numbers(extra)
@@ -132,7 +155,12 @@ class CpuStep:
             self._entries("exp_avg"),
             self._entries("second_moment"),
             self._entries("partner_basis"),
-            [f.state["master"] if f.grad is not None and f.param.dtype in HALF_DTYPES else _NOTHING for f in self._factors],
+            [
+                f.state["master"]
+                if f.grad is not None and f.param.dtype in HALF_DTYPES
+                else _NOTHING
+                for f in self._factors
+            ],
             torch.tensor(self._settings, dtype=torch.float64).reshape(-1, _COLUMNS),
             self.transforms,
             coefficient,
