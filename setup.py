@@ -59,7 +59,7 @@ torch = find_torch()
 compiler = shutil.which(os.environ.get("CXX", sysconfig.get_config_var("CXX") or "c++").split()[0])
 buildable = bool(torch and compiler) and sys.platform != "win32"
 if not buildable:
-    print(f"loft_kernels: pure Python, no C++ (torch's headers: {torch}, compiler: {compiler})")
+    sys.stderr.write(f"loft_kernels without C++: torch's headers {torch}, compiler {compiler}\n")
 native = Extension(
     "loft_kernels._native",
     SOURCES,

@@ -21,8 +21,8 @@ from loft_kernels import backends
 from loft_kernels.optimizer import LoFTAdamW
 
 STEPS = 5
-# Largest error of a factor's displacement, and of a state tensor, relative to the tensor's norm. The
-# Triton kernels multiply in fp16, centred (README, What is promised).
+# Largest error of a factor's displacement, and of a state tensor, relative to the tensor's norm.
+# The Triton kernels multiply in fp16, centred (README, What is promised).
 _MOVED = {"reference": 2e-5, "cpu": 2e-5, "triton": 1e-3}
 _STATE = {torch.float64: 1e-11, torch.float32: 2e-6}
 

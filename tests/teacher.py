@@ -85,11 +85,12 @@ def twin(
     return other, other_opt
 
 
-def violations(problem: Problem, *, shaken: bool = False) -> list[str]:
+def violations(problem: Problem, *, floor: float = FLOOR, shaken: bool = False) -> list[str]:
     """Compare parameters and every state tensor of one step by rule T2.
 
     Args:
         problem: what to compare on.
+        floor: see :mod:`rules`.
         shaken: compare with an fp64 run from moments changed by what a sum of r(r+1)/2 rounded
             products errs, in place of fp32's own error: that is one draw, small by chance.
     """
@@ -112,7 +113,7 @@ def violations(problem: Problem, *, shaken: bool = False) -> list[str]:
                 state[key].mul_(1 + (1 + state["exp_avg"].shape[1]) * U32 * signs)
     for each in (opt, exact_opt, plain_opt):
         each.step()
-    floor = FLOOR if wide else FLOOR_BETWEEN_PATHS
+    floor = floor if wide else FLOOR_BETWEEN_PATHS
     found = []
     for name, p in module.named_parameters():
         q, e = exact.get_parameter(name), plain.get_parameter(name)

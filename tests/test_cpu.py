@@ -1,4 +1,4 @@
-"""The C++ backend against fp64 by rule T2, its bit equalities (T6), and all its instruction sets."""
+"""The C++ backend against fp64 by rule T2, its bit equalities (T6), its instruction sets."""
 
 from __future__ import annotations
 

@@ -85,9 +85,8 @@ def report() -> BackendReport:
         else:
             unavailable[name] = missing
             why.append(missing)
-    if chosen == "triton":
-        return BackendReport(available, unavailable, chosen, "a CUDA GPU and Triton are here")
-    return BackendReport(available, unavailable, chosen, "; ".join(why))
+    here = {"triton": "a CUDA GPU and Triton are here", "cpu": "no GPU that Triton serves"}
+    return BackendReport(available, unavailable, chosen, here.get(chosen) or "; ".join(why))
 
 
 def _about(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The step in C++ on the CPU: all pairs in two operator calls, one before and one after the decision.
+"""The step in C++ on the CPU: one operator call before the decision and one after, for all pairs.
 
 The sources are in ``csrc/cpu``; each sum and product stands there under the same step title as in
 ``reference.py``. The extension is found beside this package and loaded when the backend is first
