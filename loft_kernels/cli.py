@@ -75,9 +75,8 @@ def _memory(shapes: str, rank: int, *, half: bool) -> int:
     try:
         pairs = _pairs(shapes)
     except ValueError:
-        _say(
-            f"unknown shapes {shapes!r}: a name ({', '.join(SHAPE_SETS)}) or m x n as 4096x11008,..."
-        )
+        known = ", ".join(SHAPE_SETS)
+        _say(f"unknown shapes {shapes!r}: a name ({known}), or m x n as in 4096x4096,4096x11008")
         return 2
     if rank < 1:
         _say(f"rank {rank} must be at least 1")
