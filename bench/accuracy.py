@@ -251,12 +251,18 @@ def measure(
     drawn = [draw_pair(cell, m, n, rank, dtype, rng) for cell in cells]
     start = Start([pair for pair, _ in drawn], [states for _, states in drawn])
     exact = take_step(start, "reference", "default", exact=True)
+    truths = [change_of(start, exact, k, cell.phase) for k, cell in enumerate(cells)]
+    eagers = [
+        error_in_w(
+            eager_change(pair, states[cell.phase], cell.phase), truth, pair.partner(cell.phase)
+        )
+        for pair, states, cell, truth in zip(start.pairs, start.states, cells, truths, strict=True)
+    ]
     for precision in ("default", "ieee"):
         end = take_step(start, args.backend, precision)
         for k, cell in enumerate(cells):
-            pair, side = start.pairs[k], cell.phase
-            partner, truth = pair.partner(side), change_of(start, exact, k, side)
-            eager = error_in_w(eager_change(pair, start.states[k][side], side), truth, partner)
+            side, truth, eager = cell.phase, truths[k], eagers[k]
+            partner = start.pairs[k].partner(side)
             bar = cell.bar if precision == "default" else IEEE_FACTOR * eager + IEEE_FLOOR
             row: dict[str, Any] = {
                 "m": m,

@@ -11,15 +11,18 @@ from torch import nn
 import loft_kernels as lk
 
 pytest.importorskip("triton", reason="the Triton backend is optional")
+from test_triton import Case, compare
+
 pytestmark = pytest.mark.gpu
 
 
 class Layer(nn.Module):
-    def __init__(self, m: int, n: int, rank: int) -> None:
+    def __init__(self, m: int, n: int, rank: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.scaling = 2.0
-        self.lora_A = nn.Parameter(torch.randn(rank, n, device="cuda") / n**0.5)
-        self.lora_B = nn.Parameter(torch.randn(m, rank, device="cuda") / rank**0.5)
+        a = torch.randn(rank, n, device="cuda") / n**0.5
+        b = torch.randn(m, rank, device="cuda") / rank**0.5
+        self.lora_A, self.lora_B = nn.Parameter(a.to(dtype)), nn.Parameter(b.to(dtype))
 
 
 def make(pairs: int = 3, rank: int = 16, **options) -> tuple[nn.Module, lk.LoFTAdamW]:
@@ -33,7 +36,7 @@ def make(pairs: int = 3, rank: int = 16, **options) -> tuple[nn.Module, lk.LoFTA
 def new_gradients(module: nn.Module, step: int, *, in_place: bool = False) -> None:
     rng = torch.Generator("cuda").manual_seed(step)
     for p in module.parameters():
-        grad = torch.randn(p.shape, generator=rng, device="cuda")
+        grad = torch.randn(p.shape, generator=rng, device="cuda").to(p.dtype)
         if in_place and p.grad is not None:
             p.grad.copy_(grad)
         else:
@@ -131,6 +134,93 @@ def test_many_repeats_are_bitwise_equal():
         end = everything(twin, again)
         first = first or end
         assert_equal(first, end)
+
+
+def mixed_bag() -> nn.ModuleList:
+    """Pairs of all kinds: ranks of every padded width, odd shapes, three dtypes."""
+    torch.manual_seed(0)
+    shapes = [(300, 200), (129, 257), (64, 512), (1, 40), (1025, 96)]
+    dtypes = [torch.float32, torch.float32, torch.bfloat16, torch.float16]
+    ranks = [1, 3, 8, 16, 33, 64]
+    return nn.ModuleList(Layer(*shapes[k % 5], ranks[k % 6], dtypes[k // 6 % 4]) for k in range(24))
+
+
+@torch.no_grad()
+def test_a_thousand_steps_from_one_state_are_bitwise_equal():
+    module = mixed_bag()
+    opt = lk.LoFTAdamW(module, lr=1e-2, max_grad_norm=5.0, backend="triton")
+    for step in range(4):
+        new_gradients(module, step)
+        opt.step()
+    new_gradients(module, 4)
+    held = everything(module, opt)
+    start = [t.clone() for t in held]
+    first: list[torch.Tensor] = []
+    for _ in range(1000):
+        for t, saved in zip(held, start, strict=True):
+            t.copy_(saved)
+        opt.step()
+        first = first or [t.clone() for t in held]
+        assert_equal(first, held)
+    assert int(opt.nonfinite_steps) == 0
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
+    # What is compared has to be written by the step, or equality would show nothing.
+    assert sum(not torch.equal(a, b) for a, b in zip(start, first, strict=True)) > len(first) // 2
+
+
+@torch.no_grad()
+def test_more_than_two_to_the_31_entries_of_packed_state():
+    """The ends of a factor too long for 32-bit offsets step as they do in a pair of their own."""
+    m, n, rank, ends = 1_040_000, 96, 64, 150
+    if torch.cuda.get_device_properties(0).total_memory < 60e9:
+        pytest.skip("needs 60 GB of GPU memory")
+    torch.manual_seed(0)
+    big = Layer(m, n, rank)
+    rows = torch.cat([torch.arange(ends), torch.arange(m - ends, m)]).cuda()
+    small = Layer(2 * ends, n, rank)
+    opts = [lk.LoFTAdamW(x, lr=1.0, backend="triton") for x in (big, small)]
+    rng = torch.Generator("cuda").manual_seed(1)
+    mean = torch.randn(m, rank, generator=rng, device="cuda")
+    small.lora_B.copy_(big.lora_B[rows])
+    for step in range(3):
+        # The other factor sees all rows, so it is handed over; B's rows know nothing of each other.
+        small.lora_A.copy_(big.lora_A)
+        big.lora_B.grad = mean + torch.randn(m, rank, generator=rng, device="cuda")
+        big.lora_A.grad = torch.randn(rank, n, generator=rng, device="cuda")
+        small.lora_B.grad = big.lora_B.grad[rows].contiguous()
+        small.lora_A.grad = big.lora_A.grad.clone()
+        before = small.lora_B.clone()
+        for opt in opts:
+            opt.step()
+        assert bool(big.lora_B.isfinite().all() & big.lora_A.isfinite().all()), step
+        moved, expected = big.lora_B[rows] - before, small.lora_B - before
+        assert (float(expected.norm()) > 0) == (step != 1)
+        assert float((moved - expected).norm()) <= 1e-5 * float(expected.norm()), step
+        state, own = opts[0].state[big.lora_B], opts[1].state[small.lora_B]
+        assert state["second_moment"].numel() > 2**31
+        for key in ("exp_avg", "second_moment"):
+            error = float((state[key][rows] - own[key]).norm() / own[key].norm())
+            assert error <= 1e-6, f"step {step}: {key} of the ends has error {error:.1e}"
+
+
+AROUND = [(b + d, 2 * b - d) for b in (64, 128, 256) for d in (-1, 0, 1)]
+SMALL_AROUND = [(b + d, 33 - d) for b in (16, 32) for d in (-1, 0, 1)] + AROUND[:3]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("rank", [1, 8, 17, 64], ids="r{}".format)
+def test_nothing_is_written_beside_shapes_around_the_blocks(rank):
+    case = Case("around", shapes=tuple(AROUND), ranks=(rank,))
+    for step in (0, 1):
+        compare(case, "default", step)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("rank", [3, 64], ids="r{}".format)
+def test_nothing_is_written_beside_small_shapes_in_ieee_precision(rank):
+    case = Case("around", shapes=tuple(SMALL_AROUND), ranks=(rank,))
+    for step in (0, 1):
+        compare(case, "ieee", step)
 
 
 def test_found_inf_on_the_device_leaves_everything_untouched():
