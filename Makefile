@@ -56,8 +56,9 @@ asan: $(STAMP) ## run the tests of the C++ backend under AddressSanitizer and UB
 	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
 	  $(PIP_INSTALL) --no-build-isolation --no-deps -q --target build/asan .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) \
-	  $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan \
-	  $(BIN)/python -m pytest -n 0 tests/test_cpu.py tests/test_cpu_ops.py tests/test_cpu_fuzz.py $(ARGS)
+	  $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 bash -c ' \
+	  cd build/asan && nm -D loft_kernels/_native* | grep -q __asan && \
+	  ../../$(BIN)/python -m pytest -n 0 ../../tests/test_cpu{,_ops,_fuzz}.py $(ARGS)'
 
 clean: ## remove the environment, build outputs and caches (results/ stays)
 	rm -rf $(VENV) build dist *.egg-info loft_kernels/_native* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -20,16 +20,16 @@ def test_report_names_every_backend_and_one_choice(capsys):
 def test_selftest_fails_on_a_wrong_step_and_names_it(capsys, monkeypatch):
     monkeypatch.setattr(selftest, "CASES", selftest.CASES[1:2])
     assert cli.main(["selftest"]) == 0
-    one_ulp_too_long = lk.LoFTAdamW.step
+    real = lk.LoFTAdamW.step
 
     def wrong(self):
-        one_ulp_too_long(self)
+        real(self)
         if self.backend != "reference" or self.param_groups[0]["params"][0].dtype != torch.float64:
             self.param_groups[0]["params"][0].data.mul_(1 + 1e-4)
 
     monkeypatch.setattr(lk.LoFTAdamW, "step", wrong)
     assert cli.main(["selftest"]) == 1
-    assert "r8, step 1: 0.lora_A has error" in capsys.readouterr().out
+    assert "r8, step 1: 0.lora_B has error" in capsys.readouterr().out
 
 
 def test_selftest_fails_where_a_required_backend_is_missing(capsys, monkeypatch):
