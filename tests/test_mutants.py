@@ -22,7 +22,8 @@ import loft_kernels
 TESTS = Path(__file__).parent
 PACKAGE = Path(loft_kernels.__file__).parent
 
-TRAJECTORY = "test_oracle.py::test_trajectory_and_state_equal_the_oracle[reference-12x12-r8-decay-clip-general]"
+TRAJECTORY = "test_oracle.py::test_trajectory_and_state_equal_the_oracle"
+TRAJECTORY += "[reference-12x12-r8-decay-clip-general]"
 SIMULTANEOUS = "test_oracle.py::test_options_equal_the_oracle[reference-both-at-once-decay-12x9-r3]"
 LARGE_EPS = "test_oracle.py::test_options_equal_the_oracle[reference-large-eps-12x9-r3]"
 ALPHA = "test_oracle.py::test_alpha_keeps_the_trajectory[reference-decay-alpha/r=2]"
