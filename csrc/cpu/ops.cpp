@@ -139,7 +139,7 @@ class Overlaps {
 
   void check() {
     std::stable_sort(spans_.begin(), spans_.end(),
-              [](const Span& a, const Span& b) { return a.start < b.start; });
+                     [](const Span& a, const Span& b) { return a.start < b.start; });
     for (size_t i = 0; i < spans_.size(); ++i)
       for (size_t k = i + 1; k < spans_.size() && spans_[k].start < spans_[i].end; ++k) {
         const Span &a = spans_[i], &b = spans_[k];
