@@ -7,7 +7,6 @@ import os
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rules import FLOOR_RANDOM
 from runs import one_thread  # noqa: F401 - an autouse fixture
 from teacher import Problem, violations
 
@@ -53,9 +52,9 @@ def defined(problem: Problem) -> Problem:
     changed = vars(problem) | {
         "missing": tuple(place for place in problem.missing if place[0] < len(problem.shapes))
     }
-    if any(r > min(m, n) for m, n, r in problem.shapes):
-        # From B = 0 the first step makes dependent columns, rounded to fp32: their distance from
-        # each other's span is that rounding, and stands at the pivot tolerance.
+    if any(2 * r > min(m, n) for m, n, r in problem.shapes):
+        # From B = 0 the first step of a wide adapter makes columns that are dependent but for fp32
+        # rounding, or nearly: at the pivot tolerance, or far above the condition number of rule T4.
         changed["start"] = "general"
     return Problem(**changed)
 
@@ -64,12 +63,11 @@ def defined(problem: Problem) -> Problem:
 @settings(max_examples=CASES, derandomize=True, deadline=None, database=None)
 @given(problem=problems)
 def test_random_steps_follow_rule_t2(problem):
-    found = violations(defined(problem), floor=FLOOR_RANDOM)
+    found = violations(defined(problem), drawn=True)
     if found:
         # Where v nearly cancels in some entry, that entry decides both errors, by chance.
         again = {
-            line.split(":")[0]
-            for line in violations(defined(problem), floor=FLOOR_RANDOM, shaken=True)
+            line.split(":")[0] for line in violations(defined(problem), drawn=True, shaken=True)
         }
         found = [line for line in found if line.split(":")[0] in again]
     assert not found, "; ".join(found)
