@@ -15,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint types clean
+.PHONY: help demo test lint types wheel asan clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,19 +33,46 @@ test: $(STAMP) ## run the tests
 lint: $(STAMP) ## check formatting and style
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h
 
 types: $(STAMP) ## check the types of the package
 	$(BIN)/mypy
 
+# The wheel is made from the sdist, so that the sdist is complete, and tested where only torch is.
+wheel: $(STAMP) ## build sdist and wheel in dist/ and test the wheel without the source tree
+	rm -rf dist build/clean && mkdir -p dist build
+	$(BIN)/python -c 'from setuptools import build_meta as b; b.build_sdist("dist")' > build/sdist.log
+	$(PIP_INSTALL:install=wheel) --no-build-isolation --no-deps --no-index -q -w dist dist/*.tar.gz
+	$(BIN)/python -m venv --without-pip build/clean
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  $$(build/clean/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth
+	$(BIN)/python -m pip --python build/clean/bin/python install -q --no-deps --no-index dist/*.whl
+	cd build/clean && bin/python -P -m loft_kernels selftest --require cpu && ls ../../dist
+
+# Leaks are not looked for: Python itself leaves memory to the end of the process.
+asan: SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+asan: $(STAMP) ## run the tests of the C++ backend under AddressSanitizer and UBSan (10 minutes)
+	rm -rf build/asan
+	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
+	  $(PIP_INSTALL) --no-build-isolation --no-deps -q --target build/asan .
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) \
+	  $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 bash -c ' \
+	  cd build/asan && nm -D loft_kernels/_native* | grep -q __asan && \
+	  ../../$(BIN)/python -m pytest -n 0 ../../tests/test_cpu{,_ops,_fuzz}.py $(ARGS)'
+
 clean: ## remove the environment, build outputs and caches (results/ stays)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info loft_kernels/_native* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip's lines on what is already there, and on where it looks, are left out; errors are not.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 PROGRESS := awk '/^(Collecting|Installing|Successfully|ERROR)/ {print; fflush()}'
 
-$(STAMP): requirements.txt pyproject.toml setup.py
+$(STAMP): $(VENV)/.requirements pyproject.toml setup.py $(wildcard csrc/*/*)
+	set -o pipefail; $(PIP_INSTALL) --no-build-isolation --no-deps -e . | $(PROGRESS)
+	@touch $@
+
+$(VENV)/.requirements: requirements.txt
 	@command -v $(PYTHON) > /dev/null || { echo 'No $(PYTHON) here: make PYTHON=/path/to/python'; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "Python 3.10 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1):" \
@@ -55,5 +82,4 @@ $(STAMP): requirements.txt pyproject.toml setup.py
 	set -o pipefail; $(PIP_INSTALL) -r requirements.txt | $(PROGRESS)
 	$(BIN)/python -c 'import triton' 2> /dev/null || \
 	  { set -o pipefail; $(PIP_INSTALL) $$(sed -n 's/^# \(triton==.*\)/\1/p' requirements.txt) | $(PROGRESS); }
-	set -o pipefail; $(PIP_INSTALL) --no-build-isolation --no-deps -e . | $(PROGRESS)
 	@touch $@

@@ -87,7 +87,7 @@ def measure(
 ) -> dict[str, Any]:
     """Check and time one optimizer."""
     row: dict[str, Any] = {"backend": backend, "rank": rank, "pairs": len(shapes)}
-    if backend in ("reference", "triton"):
+    if backend in ("reference", "cpu", "triton"):
         row["parity_error"] = parity(backend, sorted(set(shapes)), rank, args.device)
         if not row["parity_error"] <= PARITY_LIMIT:
             return {**row, "error": f"parity {row['parity_error']:.1e} > {PARITY_LIMIT}: not timed"}

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from loft_kernels.functional import PreparedPair, exact_arithmetic, prepare
+from loft_kernels.functional import ReferenceStep, exact_arithmetic
 from loft_kernels.integrations.outer_clipping import unwrapped
+from loft_kernels.measured import HostPath, PreparedPair
 from loft_kernels.plan import Pair
 from loft_kernels.state import state_dtype
 
@@ -34,7 +35,7 @@ class Decision(NamedTuple):
         finite: False skips the step whole.
     """
 
-    prepared: list[PreparedPair]
+    prepared: list[PreparedPair[Any]]
     norm: float
     coefficient: float
     finite: bool
@@ -52,6 +53,7 @@ def decide(
     max_norm: float | None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    path: HostPath | None = None,
 ) -> Decision:
     """Measure all gradients and decide whether and how far this step goes; writes nothing.
 
@@ -61,10 +63,11 @@ def decide(
         max_norm: largest global norm, or None for no clipping.
         grad_scale: the gradients are this many times too large (GradScaler's protocol).
         found_inf: not 0 if the scaler saw a non-finite gradient.
+        path: what measures the pairs; the reference path if not given.
     """
     extra = [torch.linalg.vector_norm(g.detach(), dtype=torch.float64) for g in plain_grads]
     flags = [t.reshape(()) for t in (grad_scale, found_inf) if t is not None]
-    prepared, values = prepare(pairs, [*extra, *flags])
+    prepared, values = (path or ReferenceStep()).prepare(pairs, [*extra, *flags])
     plain_sq = sum(v * v for v in values[: len(extra)])
     rest = values[len(extra) :]
     scale = rest.pop(0) if grad_scale is not None else 1.0
@@ -83,7 +86,7 @@ def decide(
     return Decision(prepared, norm, coefficient, finite)
 
 
-def _storable(entry: PreparedPair, coefficient: float) -> bool:
+def _storable(entry: PreparedPair[Any], coefficient: float) -> bool:
     """Tell whether a pair's gradients are finite and their squares fit the state's dtype."""
     return all(
         side.host.stored_sq * coefficient * coefficient
@@ -128,7 +131,12 @@ def clip_grad_norm_(
         return torch.zeros(())
     with exact_arithmetic({g.device.type for g in grads}):
         plain_grads = [p.grad for members in plain.values() for p in members]
-        decision = decide(pairs, [g for g in plain_grads if g is not None], max_norm=max_norm)
+        decision = decide(
+            pairs,
+            [g for g in plain_grads if g is not None],
+            max_norm=max_norm,
+            path=optimizer._host_path(pairs),
+        )
     if math.isfinite(decision.norm):
         if decision.coefficient < 1.0:
             torch._foreach_mul_(grads, decision.coefficient)

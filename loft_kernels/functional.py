@@ -9,7 +9,6 @@ for the whole optimizer (see ``clipping.py``): is everything finite, and how are
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,29 +17,9 @@ import torch
 from torch import Tensor
 
 from loft_kernels import reference as ref
+from loft_kernels.measured import HostNumbers, PreparedPair, read_numbers
 from loft_kernels.plan import Factor, Pair, StepOptions
 from loft_kernels.state import refresh_master_, state_dtype
-
-
-@dataclass(slots=True)
-class HostNumbers:
-    """What the host knows of one side after the only synchronisation of the step.
-
-    Attributes:
-        step: steps taken so far.
-        guard: bound on m~^2 / v so far.
-        norm_sq: ``||G P||_F^2`` of this gradient; not finite if the gradient is not.
-        stored_sq: squared norm of what the second moment squares; it has to fit the state.
-        unchanged: the partner's basis is bitwise that of the last visit.
-        moving: the factor moves at this step.
-    """
-
-    step: int = 0
-    guard: float = 0.0
-    norm_sq: float = 0.0
-    stored_sq: float = 0.0
-    unchanged: bool = False
-    moving: bool = False
 
 
 @dataclass(slots=True)
@@ -65,26 +44,9 @@ class Side:
     moments: tuple[Tensor, Tensor | None, Tensor] | None = None
 
 
-@dataclass(slots=True)
-class PreparedPair:
-    """A pair and those of its sides that have a gradient, B first."""
-
-    pair: Pair
-    sides: list[Side]
-
-    def moves(self) -> list[bool]:
-        """Tell which sides move: B first, then in turns; a lone side moves at every step."""
-        if len(self.sides) < 2 or not self.pair.options.alternate:
-            return [True] * len(self.sides)
-        # The phase is the parity of the pair's own count; a side that was frozen for a while
-        # has taken fewer steps than the pair.
-        phase = max(side.host.step for side in self.sides) % 2
-        return [phase == 0, phase == 1]
-
-
 def prepare(
     pairs: Sequence[Pair], extra: Sequence[Tensor]
-) -> tuple[list[PreparedPair], list[float]]:
+) -> tuple[list[PreparedPair[Side]], list[float]]:
     """Compute bases and scaled gradients of all pairs and read the numbers to decide on.
 
     Args:
@@ -99,14 +61,14 @@ def prepare(
     bases = ref.orthonormal_bases(
         [y.rows for _, _, y in wanted], [p.options.damping for p, _, _ in wanted]
     )
-    prepared = [PreparedPair(p, []) for p in pairs]
+    prepared: list[PreparedPair[Side]] = [PreparedPair(p, []) for p in pairs]
     slots = {id(entry.pair): entry for entry in prepared}
     numbers: list[Tensor] = []
     for (pair, factor, _), basis in zip(wanted, bases, strict=True):
         side = _side(pair, factor, basis)
         slots[id(pair)].sides.append(side)
         numbers += _numbers(side, pair)
-    values = iter(_to_host([*numbers, *extra]))
+    values = iter(read_numbers([*numbers, *extra]))
     for entry in prepared:
         for side in entry.sides:
             step, guard, norm_sq, stored_sq, unchanged = (next(values) for _ in range(5))
@@ -114,7 +76,7 @@ def prepare(
     return prepared, list(values)
 
 
-def apply_(prepared: PreparedPair, coefficient: float) -> None:
+def apply_(prepared: PreparedPair[Side], coefficient: float) -> None:
     """Advance the state of a pair and move its factor(s), in place.
 
     Args:
@@ -129,6 +91,17 @@ def apply_(prepared: PreparedPair, coefficient: float) -> None:
         _advance_moments_(side, prepared.pair, coefficient)
         if moving:
             _move_factor_(side, prepared.pair)
+
+
+class ReferenceStep:
+    """One step of all pairs on the reference path, in the form that every host path has."""
+
+    prepare = staticmethod(prepare)
+
+    def apply_(self, prepared: Sequence[PreparedPair[Side]], coefficient: float) -> None:
+        """Call :func:`apply_` for every pair."""
+        for entry in prepared:
+            apply_(entry, coefficient)
 
 
 def _side(pair: Pair, factor: Factor, basis: ref.Basis) -> Side:
@@ -246,19 +219,6 @@ def _move_factor_(side: Side, pair: Pair) -> None:
 def _rounded(value: float | Tensor, dtype: torch.dtype) -> float:
     """Round a scalar to the compute dtype, so that tensor and float learning rates agree."""
     return torch.as_tensor(value, dtype=dtype).item()
-
-
-def _to_host(tensors: Sequence[Tensor]) -> list[float]:
-    """Read 0-d tensors with one transfer per device, in the order given."""
-    values = [math.nan] * len(tensors)
-    by_device: dict[torch.device, list[int]] = {}
-    for k, tensor in enumerate(tensors):
-        by_device.setdefault(tensor.device, []).append(k)
-    for members in by_device.values():
-        stacked = torch.stack([tensors[k].double() for k in members]).tolist()
-        for k, value in zip(members, stacked, strict=True):
-            values[k] = value
-    return values
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from loft_kernels.adapters import (
 from loft_kernels.clipping import check_max_norm, decide
 from loft_kernels.gather import Gathered, PairSlot, Place, check_options, step_options
 from loft_kernels.layers import as_matrix
+from loft_kernels.measured import HostPath
 from loft_kernels.notices import warn_idle, warn_memory, warn_outer_clipping
 from loft_kernels.plain_adamw import adamw_step_, check_plain, start_plain_state_
 from loft_kernels.plan import Factor, Pair, SecondMoment, StepOptions
@@ -205,12 +206,12 @@ class LoFTAdamW(Optimizer):
             warnings.warn(
                 f"the LoFT step runs on the reference path ({reason})", UserWarning, stacklevel=2
             )
-        take = self._step_reference
         if backend == "triton":
-            take = self._step_triton
-        elif self._gathered is not None:
-            self._gathered.bind()
-        take(pairs, plain, members)
+            self._step_triton(pairs, plain, members)
+        else:
+            if self._gathered is not None:
+                self._gathered.bind()
+            self._step_on_host(backend, pairs, plain, members)
         if self._gathered is not None:
             self._gathered.release_gradients()
         return loss
@@ -242,10 +243,15 @@ class LoFTAdamW(Optimizer):
             known.backend = backends.choose(self.backend, pairs)
         return known.backend
 
-    def _step_reference(
-        self, pairs: list[Pair], plain: dict[int, list[Tensor]], members: list[Tensor]
+    def _host_path(self, pairs: list[Pair]) -> HostPath:
+        """Return what measures these pairs outside a step."""
+        return _host_path(backends.choose(self.backend, pairs)[0])
+
+    def _step_on_host(
+        self, backend: str, pairs: list[Pair], plain: dict[int, list[Tensor]], members: list[Tensor]
     ) -> None:
-        """Take one step in plain PyTorch; decisions are taken on the host."""
+        """Take one step in plain PyTorch or C++; decisions are taken on the host."""
+        path = _host_path(backend)
         kinds = {p.device.type for p in members} | {p.b.param.device.type for p in pairs}
         with functional.exact_arithmetic(kinds):
             decision = decide(
@@ -254,12 +260,12 @@ class LoFTAdamW(Optimizer):
                 max_norm=self.max_grad_norm,
                 grad_scale=getattr(self, "grad_scale", None),
                 found_inf=getattr(self, "found_inf", None),
+                path=path,
             )
             if not decision.finite:
                 self.nonfinite_steps += 1
                 return
-            for prepared in decision.prepared:
-                functional.apply_(prepared, decision.coefficient)
+            path.apply_(decision.prepared, decision.coefficient)
             for index, group in plain.items():
                 states = [self.state[p] for p in group]
                 adamw_step_(group, states, self.param_groups[index], decision.coefficient)
@@ -471,6 +477,15 @@ class LoFTAdamW(Optimizer):
             UserWarning,
             stacklevel=4,
         )
+
+
+def _host_path(backend: str) -> HostPath:
+    """Return the host path of a backend; kernels that decide on the device have none."""
+    if backend == "cpu":
+        from loft_kernels.backends.cpu import CpuStep
+
+        return CpuStep()
+    return functional.ReferenceStep()
 
 
 _OLDER_DEFAULTS = {

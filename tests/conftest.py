@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+from loft_kernels import backends
+
 pytest.register_assert_rewrite("dense_net", "pitfalls", "pitfalls_more")
 
 if not torch.cuda.is_available():
@@ -22,3 +24,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def host_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let backend="auto" be each of the two backends for tensors on the CPU."""
+    if request.param == "reference":
+        monkeypatch.setattr(backends, "cpu_missing", lambda: "this test takes the reference path")
+    elif backends.cpu_missing() is not None:
+        pytest.skip(f"no C++ backend: {backends.cpu_missing()}")
+    return request.param

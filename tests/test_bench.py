@@ -130,4 +130,5 @@ def test_curves_agree_with_themselves_and_part_from_others(monkeypatch, tmp_path
     assert ended.value.code == 1
     rows = [json.loads(line) for line in out.open()]
     assert [row["ok"] for row in rows] == [True, False]
-    assert max(rows[0]["worst_relative_difference"].values()) == 0.0
+    # "auto" is the C++ backend where it is built: another rounding of the same step.
+    assert max(rows[0]["worst_relative_difference"].values()) < 1e-5

@@ -18,6 +18,8 @@ from torch import Tensor
 import loft_kernels as lk
 from loft_kernels import reference as ref
 
+pytestmark = pytest.mark.usefixtures("host_backend")  # each backend of the CPU
+
 U32 = 2.0**-24
 M, N, RANK, SCALING = 96, 80, 8, 0.5
 SEEDS = range(7, 11)

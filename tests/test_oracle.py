@@ -31,7 +31,9 @@ from torch import Tensor, nn
 
 import loft_kernels as lk
 
-BACKEND = "reference"
+# Every test runs on both backends of the CPU.
+pytestmark = pytest.mark.usefixtures("host_backend")
+
 T1 = 1e-8  # fp64 against the oracle
 T3 = 5e-4  # fp32 against fp64, free run of 24 steps
 SHAPES = [(12, 12), (6, 9), (9, 6), (1, 7), (7, 1), (3, 20), (24, 5), (17, 33), (40, 16)]
@@ -64,7 +66,7 @@ def one_thread() -> Iterator[None]:
 
 def make_optimizer(module: nn.Module, hyper: Hyper) -> torch.optim.Optimizer:
     """Return the optimizer under test."""
-    return lk.LoFTAdamW(module, backend=BACKEND, **asdict(hyper))
+    return lk.LoFTAdamW(module, **asdict(hyper))
 
 
 def make_oracle(module: TinyLoRA) -> DensePair:

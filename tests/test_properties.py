@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 import loft_kernels as lk
 
+pytestmark = pytest.mark.usefixtures("host_backend")  # each backend of the CPU
+
 STEPS = 4
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 ALL_OPTIONS = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

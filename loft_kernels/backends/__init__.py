@@ -12,7 +12,7 @@ import torch
 
 from loft_kernels.plan import Pair
 
-NAMES = ("auto", "reference", "triton")
+NAMES = ("auto", "reference", "cpu", "triton")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,8 @@ class BackendReport:
     Attributes:
         available: backend name to a sentence about it.
         unavailable: backend name to the reason why it cannot run here.
-        chosen: what ``backend="auto"`` takes for LoRA pairs on the GPU if there is one.
+        chosen: what ``backend="auto"`` takes for LoRA pairs on the GPU if there is one, else
+            for pairs on the CPU.
         reason: why.
     """
 
@@ -63,14 +64,38 @@ def triton_missing(device: int = 0) -> str | None:
     return None
 
 
+@cache
+def cpu_missing() -> str | None:
+    """Say why the C++ backend cannot run here, or None if it can."""
+    # Imported late: it needs the modules that ask for this one.
+    from loft_kernels.backends import cpu
+
+    return cpu.missing()
+
+
 def report() -> BackendReport:
     """Tell which backends exist here, which one ``backend="auto"`` takes, and why."""
     available = {"reference": "plain PyTorch on CPU and CUDA, any float dtype; exact, not fast"}
-    missing = triton_missing()
-    if missing is not None:
-        return BackendReport(available, {"triton": missing}, "reference", missing)
-    available["triton"] = "fused kernels for fp32, bf16 and fp16 factors on CUDA"
-    return BackendReport(available, {}, "triton", "a CUDA GPU and Triton are here")
+    unavailable = {}
+    chosen, why = "reference", []
+    for name, missing in (("cpu", cpu_missing()), ("triton", triton_missing())):
+        if missing is None:
+            chosen = name
+            available[name] = _about(name)
+        else:
+            unavailable[name] = missing
+            why.append(missing)
+    here = {"triton": "a CUDA GPU and Triton are here", "cpu": "no GPU that Triton serves"}
+    return BackendReport(available, unavailable, chosen, here.get(chosen) or "; ".join(why))
+
+
+def _about(name: str) -> str:
+    """Describe a backend that runs here."""
+    if name == "triton":
+        return "fused kernels for fp32, bf16 and fp16 factors on CUDA"
+    from loft_kernels.backends import cpu
+
+    return cpu.about()
 
 
 def check_name(backend: str) -> None:
@@ -78,13 +103,14 @@ def check_name(backend: str) -> None:
 
     Raises:
         ValueError: unknown name.
-        RuntimeError: ``backend="triton"`` without what it needs.
+        RuntimeError: ``backend="cpu"`` or ``"triton"`` without what it needs.
     """
     if backend not in NAMES:
         raise ValueError(f"Invalid backend: {backend!r}: known are {', '.join(NAMES)}")
-    missing = triton_missing() if backend == "triton" else None
+    needs = {"cpu": cpu_missing, "triton": triton_missing}.get(backend)
+    missing = needs() if needs else None
     if missing is not None:
-        raise RuntimeError(f"backend='triton' cannot run here: {missing}; use backend='auto'")
+        raise RuntimeError(f"backend={backend!r} cannot run here: {missing}; use backend='auto'")
 
 
 def choose(backend: str, pairs: Sequence[Pair]) -> tuple[str, str]:
@@ -95,9 +121,14 @@ def choose(backend: str, pairs: Sequence[Pair]) -> tuple[str, str]:
         pairs: the pairs of this step.
 
     Returns:
-        The backend's name and, where ``auto`` or ``triton`` had to fall back on CUDA, the reason.
+        The backend's name and, where what was asked for (on CUDA also ``auto``) had to fall back,
+        the reason.
     """
-    if backend == "reference" or not pairs or pairs[0].b.param.device.type != "cuda":
+    if backend == "reference" or not pairs:
+        return "reference", ""
+    if backend == "cpu" or pairs[0].b.param.device.type == "cpu":
+        return _choose_on_cpu(backend, pairs)
+    if pairs[0].b.param.device.type != "cuda":
         return "reference", ""
     if len({p.b.param.device for p in pairs}) > 1:
         return "reference", "the pairs are on several devices"
@@ -111,3 +142,16 @@ def choose(backend: str, pairs: Sequence[Pair]) -> tuple[str, str]:
         if reason is not None:
             return "reference", f"{pair.name}: {reason}"
     return "triton", ""
+
+
+def _choose_on_cpu(backend: str, pairs: Sequence[Pair]) -> tuple[str, str]:
+    """Choose for pairs on the CPU, where the reference path serves what the kernels leave out."""
+    if backend == "triton" or cpu_missing() is not None:
+        return "reference", ""
+    from loft_kernels.backends.cpu import unsupported
+
+    for pair in pairs:
+        reason = unsupported(pair)
+        if reason is not None:
+            return "reference", f"{pair.name}: {reason}" if backend == "cpu" else ""
+    return "cpu", ""

@@ -1,0 +1,71 @@
+"""The command line: what it prints, when it fails, and what the memory figures are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import make_adapter
+
+import loft_kernels as lk
+from loft_kernels import backends, cli, selftest
+
+
+def test_report_names_every_backend_and_one_choice(capsys):
+    assert cli.main(["report"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name}: " in text for name in backends.NAMES if name != "auto")
+    assert torch.__version__ in text
+
+
+def test_selftest_fails_on_a_wrong_step_and_names_it(capsys, monkeypatch):
+    monkeypatch.setattr(selftest, "CASES", selftest.CASES[1:2])
+    assert cli.main(["selftest"]) == 0
+    real = lk.LoFTAdamW.step
+
+    def wrong(self):
+        real(self)
+        if self.backend != "reference" or self.param_groups[0]["params"][0].dtype != torch.float64:
+            self.param_groups[0]["params"][0].data.mul_(1 + 1e-4)
+
+    monkeypatch.setattr(lk.LoFTAdamW, "step", wrong)
+    assert cli.main(["selftest"]) == 1
+    assert "r8, step 1: 0.lora_B has error" in capsys.readouterr().out
+
+
+def test_selftest_fails_where_a_required_backend_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(selftest, "CASES", ())
+    monkeypatch.setattr(backends, "cpu_missing", lambda: "a reason")
+    assert cli.main(["selftest", "--require", "reference,cpu"]) == 1
+    text = capsys.readouterr().out
+    assert "cpu: not here, a reason" in text
+    assert "required: cpu" in text
+
+
+def test_without_the_extension_auto_is_the_reference_path_and_cpu_an_error(monkeypatch):
+    monkeypatch.setattr(backends, "cpu_missing", lambda: "a reason")
+    module = make_adapter(6, 5, 2, 1)
+    opt = lk.LoFTAdamW(module)
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    assert opt._choose_backend(opt._gather(allocate=True)[0]) == ("reference", "")
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot run here: a reason"):
+        lk.LoFTAdamW(module, backend="cpu")
+
+
+def test_memory_is_what_the_optimizer_allocates(capsys):
+    module = make_adapter(40, 30, 4, 1).float()
+    opt = lk.LoFTAdamW(module)
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    held = sum(t.numel() * t.element_size() for s in opt.state.values() for t in s.values())
+    assert cli.main(["memory", "--shapes", "40x30," * 99 + "40x30", "--rank", "4"]) == 0
+    assert f"LoFT state        {100 * held / 2**20:10.1f} MiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words", [["--shapes", "lama", "--rank", "4"], ["--shapes", "gpt2", "--rank", "0"]]
+)
+def test_memory_refuses_what_it_cannot_count(words, capsys):
+    assert cli.main(["memory", *words]) == 2
+    assert capsys.readouterr().out
