@@ -27,7 +27,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import loft_kernels as lk
-from loft_kernels import adapters, checkpoint, clipping, gather, optimizer
+from loft_kernels import adapters, checkpoint, functional, gather, optimizer
 
 Bug = Callable[[pytest.MonkeyPatch], None]
 PITFALLS: dict[str, tuple[Callable[[], None], dict[str, Bug]]] = {}
@@ -208,7 +208,7 @@ def clip_factors(original: Callable) -> Callable:
                 side.host.norm_sq = float(side.factor.grad_rows.double().square().sum())
         return prepared, values
 
-    return prepare
+    return staticmethod(prepare)
 
 
 def closure_without_grad(patch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ def own_scaler_protocol(patch: pytest.MonkeyPatch) -> None:
 
 @pitfall(
     "05-clipping-scaler-closure",
-    clip=wrap(clipping, "prepare", clip_factors),
+    clip=wrap(functional.ReferenceStep, "prepare", clip_factors),
     closure=closure_without_grad,
     scaler=own_scaler_protocol,
 )

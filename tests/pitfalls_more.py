@@ -208,7 +208,7 @@ for p in net.parameters():
     p.grad = torch.ones_like(p)
 opt.step()
 report = lk.report()
-assert report.chosen == "reference" and "triton" in report.unavailable, report
+assert report.chosen in ("cpu", "reference") and "triton" in report.unavailable, report
 foreign = {"transformers", "peft", "accelerate"} & set(sys.modules)
 assert not foreign, f"importing loft_kernels imports {foreign}"
 """

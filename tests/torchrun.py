@@ -13,7 +13,7 @@ def torchrun(script: Path, *arguments: str, processes: int = 2) -> subprocess.Co
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
         [*launcher, f"--nproc-per-node={processes}", str(script), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=False,
