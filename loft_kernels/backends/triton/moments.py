@@ -42,13 +42,6 @@ _UNSCALE = tl.constexpr(1.0 / 256.0)
 
 
 @triton.jit
-def packed_index(i, j, rank):
-    """Return the place of entry (i, j) of a symmetric matrix in its packed upper triangle."""
-    low, high = tl.minimum(i, j), tl.maximum(i, j)
-    return low * rank - (low * (low - 1)) // 2 + high - low
-
-
-@triton.jit
 def _unpacked_index(k, RANK: tl.constexpr, K: tl.constexpr):
     """Return the entry (i, j), i <= j, at places k of a packed triangle."""
     # Row i begins where the root is 2 RANK + 1 - 2i; the 4 keeps rounding away from the edges.
