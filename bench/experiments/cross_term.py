@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from statistics import fmean, median
 from typing import Any
@@ -15,7 +15,7 @@ from bench.experiments import matrix
 from bench.experiments.jobs import run_all
 from bench.experiments.methods import LOFT, SIMULTANEOUS
 from bench.experiments.record import Document, Request, document
-from bench.experiments.study import Run, mean
+from bench.experiments.study import mean
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -40,6 +40,21 @@ SIZES: dict[str, dict[str, Any]] = {
         "seeds": 5,
     },
 }
+
+
+MEASURED = "share", "largest_share", "effect", "harmful_steps"
+# LoRA's own start, where A's first steps are as long as B is short; and factors of usual size.
+STARTS = {"B = 0": True, "B drawn": False}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training."""
+
+    start: str
+    method: str
+    lr: float
+    seed: int
 
 
 @dataclass
@@ -69,7 +84,7 @@ class Watch:
         self.effects.append((with_cross - without) / before.square().sum())
 
 
-def train(settings: Mapping[str, Any], run: Run) -> dict[str, Any]:
+def train(settings: Mapping[str, Any], run: Trial) -> dict[str, Any]:
     """Train at a constant rate, so that the share belongs to one rate."""
     watch = Watch()
     done = matrix.train(
@@ -82,14 +97,12 @@ def train(settings: Mapping[str, Any], run: Run) -> dict[str, Any]:
         device=settings["device"],
         backend=settings["backend"],
         falling=False,
+        zero=STARTS[run.start],
         step=watch,
     )
     # With B = 0 the first step moves B alone.
     shares, effects = (torch.stack(x[1:]).tolist() for x in (watch.shares, watch.effects))
-    return {
-        "method": run.method,
-        "lr": run.lr,
-        "seed": run.seed,
+    return asdict(run) | {
         "share": median(shares),
         "largest_share": max(shares),
         "effect": fmean(effects),
@@ -100,31 +113,32 @@ def train(settings: Mapping[str, Any], run: Run) -> dict[str, Any]:
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Average over seeds, one row per rate."""
+    """Average over seeds, one row per start and rate."""
 
-    def average(key: str, method: str, lr: float) -> float:
-        return mean([r[key] for r in rows if r["method"] == method and r["lr"] == lr])
+    def average(key: str, method: str, start: str, lr: float) -> float:
+        wanted = method, start, lr
+        return mean([r[key] for r in rows if (r["method"], r["start"], r["lr"]) == wanted])
 
     return [
-        {key: average(key, SIMULTANEOUS, lr) for key in ("share", "effect", "harmful_steps")}
-        | {"lr": lr, "largest_share": average("largest_share", SIMULTANEOUS, lr)}
-        | {
-            "simultaneous": average("loss", SIMULTANEOUS, lr),
-            "alternating": average("loss", LOFT, lr),
-        }
+        {"start": start, "lr": lr}
+        | {key: average(key, SIMULTANEOUS, start, lr) for key in MEASURED}
+        | {"simultaneous": average("loss", SIMULTANEOUS, start, lr)}
+        | {"alternating": average("loss", LOFT, start, lr)}
+        for start in STARTS
         for lr in sorted({row["lr"] for row in rows})
     ]
 
 
 def measure(request: Request) -> Document:
-    """Run both ways at every rate."""
+    """Run both ways from both starts at every rate."""
     settings = SIZES[request.size]
     asked = settings | {"device": request.device, "backend": request.backend}
-    runs = [
-        Run(method, lr, seed)
+    trials = [
+        Trial(start, method, lr, seed)
+        for start in STARTS
         for method in (SIMULTANEOUS, LOFT)
         for lr in settings["grid"]
         for seed in range(settings["seeds"])
     ]
-    rows = run_all(partial(train, asked), runs, request.workers, "cross-term")
+    rows = run_all(partial(train, asked), trials, request.workers, "cross-term")
     return document("cross-term", request, settings, rows=rows, summary=summarise(rows))

@@ -26,14 +26,17 @@ class Weight(nn.Module):
 
 
 class Pair(nn.Module):
-    """The weight as a LoRA pair, zero at the start because B is."""
+    """The weight as a LoRA pair."""
 
-    def __init__(self, rows: int, columns: int, rank: int, device: str, seed: int) -> None:
-        """Draw A, on the CPU so that every device starts alike."""
+    def __init__(
+        self, rows: int, columns: int, rank: int, device: str, seed: int, zero: bool
+    ) -> None:
+        """Draw A, and B unless it is zero, on the CPU so that every device starts alike."""
         super().__init__()
         rng = torch.Generator().manual_seed(seed)
         self.pair = Adapter(rows, columns, rank, rng, torch.float32)
-        nn.init.zeros_(self.pair.lora_B)
+        if zero:
+            nn.init.zeros_(self.pair.lora_B)
         self.to(device)
 
     def forward(self) -> Tensor:
@@ -43,7 +46,7 @@ class Pair(nn.Module):
 
 @dataclass(frozen=True)
 class Problem:
-    """Minimise ``|W - T|^2 / 2`` from W = 0.
+    """Minimise ``|W - T|^2 / 2``.
 
     Attributes:
         rows: of T.
@@ -69,11 +72,11 @@ class Problem:
         product = (left * (lengths / lengths.norm())) @ right
         return product.to(device)
 
-    def model(self, method: str, rank: int, seed: int, device: str) -> nn.Module:
-        """Make what a method trains."""
+    def model(self, method: str, rank: int, seed: int, device: str, zero: bool) -> nn.Module:
+        """Make what a method trains; B is zero at the start, or drawn."""
         if METHODS[method].adapter is None:
             return Weight(self.rows, self.columns, device)
-        return Pair(self.rows, self.columns, rank, device, seed)
+        return Pair(self.rows, self.columns, rank, device, seed, zero)
 
     def gradients(self, seed: int, device: str) -> Callable[[Tensor, Tensor], Tensor]:
         """Return a function from (W, T) to the gradient of W; its noise repeats with the seed."""
@@ -115,9 +118,10 @@ def train(
     backend: str = "auto",
     points: int = 40,
     falling: bool = True,
+    zero: bool = True,
     step: Callable[[nn.Module, torch.optim.Optimizer, Tensor], None] = take_step,
 ) -> Trained:
-    """Train from W = 0.
+    """Train from W = 0, or from a drawn pair.
 
     Args:
         problem: what to minimise.
@@ -130,11 +134,12 @@ def train(
         backend: of LoFTAdamW.
         points: how many points the curve has after the one at step 0, about.
         falling: lower the learning rate linearly to zero, or leave it.
+        zero: start at B = 0, as LoRA does, or at a drawn B.
         step: takes a step of the optimizer, given the model, the optimizer and T.
     """
     target = problem.target(seed, device)
     scale = target.square().sum()
-    model = problem.model(method, rank, seed, device)
+    model = problem.model(method, rank, seed, device, zero)
     optimizer = make_optimizer(method, model, lr, backend)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 - falling * k / steps)
     gradient = problem.gradients(seed, device)

@@ -46,6 +46,8 @@ METHODS = {
     "identity": Method("lora", transition="identity"),
 }
 
+ABLATIONS = {"calibrate", "second_moment"}  # options that the reference path alone serves
+
 
 def make_optimizer(
     name: str, model: nn.Module, lr: float, backend: str = "auto"
@@ -64,7 +66,7 @@ def make_optimizer(
     if method.loft is None:
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    if method.loft:
-        # Known and of no consequence to the losses; plain LoFT on another path would be news.
+    if method.loft.keys() & ABLATIONS:
+        # Known and of no consequence to the losses; from any other method it would be news.
         warnings.filterwarnings("ignore", message="the LoFT step runs on the reference path")
     return lk.LoFTAdamW(model, lr=lr, backend=backend, **method.loft)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -97,13 +98,18 @@ def draw_studies(unit: str) -> Callable[[record.Document, Sequence[Axes]], None]
 
 def draw_cross_term(found: record.Document, axes: Sequence[Axes]) -> None:
     """Draw the share of the cross term and the losses of both ways against the rate."""
-    rows = found["summary"]
-    rates = [row["lr"] for row in rows]
-    for key, label in (("share", "median step"), ("largest_share", "largest step")):
-        axes[0].plot(rates, [row[key] for row in rows], "o-", label=label)
+    for start, colour in (("B = 0", "tab:blue"), ("B drawn", "tab:orange")):
+        rows = [row for row in found["summary"] if row["start"] == start]
+        rates = [row["lr"] for row in rows]
+        for place, key, style, label in (
+            (0, "share", "o-", "median step"),
+            (0, "largest_share", "o:", "largest step"),
+            (1, "simultaneous", "o-", "simultaneous"),
+            (1, "alternating", "s--", "alternating"),
+        ):
+            values = [average([row[key]]) for row in rows]
+            axes[place].plot(rates, values, style, color=colour, label=f"{start}, {label}")
     axes[0].set(ylabel="|dB dA| / |dB A + B dA|")
-    axes[1].plot(rates, [row["simultaneous"] for row in rows], "o-", label="simultaneous")
-    axes[1].plot(rates, [row["alternating"] for row in rows], "s-", label="alternating")
     axes[1].set(ylabel="|W - T|² / |T|² at the end")
     for each in axes:
         each.set(xlabel="learning rate", xscale="log", yscale="log")
@@ -160,6 +166,7 @@ def draw_one(found: record.Document, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from PIL import Image
 
     panels, draw = DRAWN[record.kind(found)]
     across = 2 if panels == 4 else panels
@@ -173,7 +180,10 @@ def draw_one(found: record.Document, path: Path) -> None:
         each.grid(alpha=0.3)
         each.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=DPI, metadata={"Software": None})
+    # Lines and letters need few colours, and a third of the bytes.
+    Image.open(drawn).convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(path)
     pyplot.close(figure)
 
 

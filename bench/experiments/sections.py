@@ -144,11 +144,14 @@ def recovery_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def cross_term_table(found: record.Document) -> str:
     """Lay out the cross term, one row per rate."""
-    head = ["lr", "share, median step", "largest", "effect a step", "simultaneous", "alternating"]
+    head = ["start", "lr", "share, median step", "largest", "effect a step"]
+    head += ["loss, simultaneous", "loss, alternating"]
     keys = "share", "largest_share", "effect", "simultaneous", "alternating"
-    return table(
-        head, [[f"{r['lr']:g}", *(number(r[key], 3) for key in keys)] for r in found["summary"]]
-    )
+    rows = [
+        [row["start"], f"{row['lr']:g}", *(number(row[key], 3) for key in keys)]
+        for row in found["summary"]
+    ]
+    return table(head, rows)
 
 
 def memory_table(found: record.Document) -> str:
