@@ -47,7 +47,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "grid": [0.0025, 0.005, 0.01, 0.02, 0.04, 0.08],
         "seeds": 5,
         "extensions": 2,
-        "recovery": {"size": 64, "steps": 200, "lr": 0.01, "seeds": 5},
+        "recovery": {"size": 12, "steps": 200, "lr": 0.01, "seeds": 5},
     },
 }
 # Largest distance that passes for rounding; the fused kernels' own precision is only shown.

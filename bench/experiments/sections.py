@@ -72,10 +72,10 @@ def size(count: float) -> str:
     return f"{count / 2**20:.3g} MiB"
 
 
-def study_table(study: Mapping[str, Any]) -> str:
+def study_table(study: Mapping[str, Any], reported: str = "test loss") -> str:
     """Lay out a study: every method at its best rate, and what can be claimed of it."""
     has_accuracy = "accuracy" in study["summary"][0]
-    head = ["method", "best lr", "test loss", "std", "95 % interval", "optimizer state"]
+    head = ["method", "best lr", reported, "std", "95 % interval", "optimizer state"]
     rows = []
     for row in study["summary"]:
         rows.append(
@@ -202,7 +202,8 @@ def numbers(found: record.Document) -> str:
     several = len(found["studies"]) > 1
     parts = []
     for name, study in found["studies"].items():
-        parts += [f"On {name}:"] * several + [study_table(study)]
+        reported = "loss at the end" if name == "matrix" else "test loss"
+        parts += [f"On {name}:"] * several + [study_table(study, reported)]
     if kind == "factorisation":
         parts += [grid_table(found["studies"]["matrix"]), recovery_table(found["recovery"])]
     return "\n\n".join(parts)
