@@ -26,6 +26,7 @@ from bench.experiments import (  # noqa: E402 - needs those libraries
     cross_term,
     dynamics,
     factorisation,
+    jobs,
     matrix,
     memory,
     plots,
@@ -275,7 +276,7 @@ def test_jobs_in_processes_give_what_one_process_gives(tmp_path):
     settings = factorisation.SIZES["tiny"] | {"device": "cpu", "backend": "reference", "steps": 3}
     train = factorisation.partial(factorisation.train, settings)
     runs = [study.Run(LOFT, 0.1, seed) for seed in range(3)]
-    assert study.run_all(train, runs, 2, "") == study.run_all(train, runs, 1, "")
+    assert jobs.run_all(train, runs, 2, "") == jobs.run_all(train, runs, 1, "")
 
 
 def test_digits_without_scikit_learn_say_what_to_do(monkeypatch, tmp_path):

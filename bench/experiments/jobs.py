@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -15,37 +16,60 @@ Job = TypeVar("Job")
 Outcome = TypeVar("Outcome")
 
 
+class Workers:
+    """Processes that live as long as the `with` block; on a GPU they share the card.
+
+    Args:
+        count: how many; each has a CUDA context of its own. 1 stays in this process.
+    """
+
+    def __init__(self, count: int) -> None:
+        """Start nothing yet."""
+        self.pool: ProcessPoolExecutor | None = None
+        if count > 1:
+            # Forked children cannot use CUDA.
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(count, context, initializer=_one_thread)
+
+    def __enter__(self) -> Workers:
+        """Begin."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End; after a failure, what has not begun would only delay its message."""
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=kind is not None)
+
+    def run(
+        self, train: Callable[[Job], Outcome], jobs: Sequence[Job], title: str
+    ) -> list[Outcome]:
+        """Call a function for every job and return the outcomes in the order of the jobs.
+
+        Args:
+            train: picklable where there are processes; its outcome depends on the job alone.
+            jobs: arguments.
+            title: of the progress bar.
+        """
+        if self.pool is None:
+            return [train(job) for job in tqdm(jobs, desc=title, unit="run")]
+        places = {self.pool.submit(train, job): k for k, job in enumerate(jobs)}
+        outcomes = {}
+        for done in tqdm(as_completed(places), total=len(jobs), desc=title, unit="run"):
+            outcomes[places[done]] = done.result()
+        return [outcomes[k] for k in range(len(jobs))]
+
+
 def run_all(
     train: Callable[[Job], Outcome], jobs: Sequence[Job], workers: int, title: str
 ) -> list[Outcome]:
-    """Call a function for every job and return the outcomes in the order of the jobs.
-
-    Args:
-        train: picklable where there are several workers; its outcome depends on the job alone.
-        jobs: arguments.
-        workers: processes; on a GPU each has a CUDA context of its own on the same card. 1 stays
-            in this process.
-        title: of the progress bar.
-    """
-    if workers <= 1:
-        return [train(job) for job in _with_bar(jobs, len(jobs), title)]
-    # Forked children cannot use CUDA.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_one_thread) as pool:
-        places = {pool.submit(train, job): k for k, job in enumerate(jobs)}
-        outcomes: dict[int, Outcome] = {}
-        try:
-            for future in _with_bar(as_completed(places), len(jobs), title):
-                outcomes[places[future]] = future.result()
-        except BaseException:
-            # One failure is enough; the others would only delay its message.
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [outcomes[k] for k in range(len(jobs))]
-
-
-def _with_bar(items: Iterable, total: int, title: str) -> Iterable:
-    return tqdm(items, total=total, desc=title, unit="run")
+    """Do :meth:`Workers.run` once, by processes of its own."""
+    with Workers(workers) as side_by_side:
+        return side_by_side.run(train, jobs, title)
 
 
 def _one_thread() -> None:

@@ -84,14 +84,14 @@ def tried(settings: Mapping[str, Any], trial: Trial) -> list[dict[str, Any]]:
     return rows
 
 
-def least_loss(settings: Mapping[str, Any], rank: int) -> float:
-    """Return the loss that no weight of this rank can go below, of the mean seed."""
+def least_losses(settings: Mapping[str, Any]) -> dict[int, float]:
+    """Return the loss that no weight of a rank can go below, averaged over the seeds."""
     problem = matrix.Problem(**settings["problem"])
-    shares = []
-    for seed in range(settings["seeds"]):
-        energy = torch.linalg.svdvals(problem.target(seed, "cpu").double()).square()
-        shares.append(float(energy[rank:].sum() / energy.sum()))
-    return fmean(shares)
+    targets = [problem.target(seed, "cpu").double() for seed in range(settings["seeds"])]
+    energies = [torch.linalg.svdvals(target).square() for target in targets]
+    return {
+        rank: fmean(float(e[rank:].sum() / e.sum()) for e in energies) for rank in settings["ranks"]
+    } | {0: 0.0}
 
 
 def summarise(rows: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -104,7 +104,7 @@ def summarise(rows: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[d
     def best(method: str, rank: int) -> float:
         return min(settings["grid"], key=lambda lr: average("loss", method, rank, lr))
 
-    shared = best(FULL, 0)
+    shared, least = best(FULL, 0), least_losses(settings)
     found = []
     for method, rank in dict.fromkeys((row["method"], row["rank"]) for row in rows):
         own = best(method, rank)
@@ -119,7 +119,7 @@ def summarise(rows: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[d
                 "own_lr": own,
                 "at_edge": own in (settings["grid"][0], settings["grid"][-1]),
                 "own_loss": average("loss", method, rank, own),
-                "least_loss": least_loss(settings, rank) if rank else 0.0,
+                "least_loss": least[rank],
             }
         )
     return found

@@ -59,7 +59,8 @@ def draw_rates(axes: Axes, study: Mapping[str, Any], unit: str) -> None:
         ends = [average(r["test"] for r in rows if r["lr"] == lr) for lr in study["grid"]]
         axes.plot(study["grid"], ends, color=COLOURS[method], label=method)
         seeds = [(row["lr"], row["test"]) for row in rows if row["test"] is not None]
-        axes.plot(*zip(*seeds, strict=True), ".", color=COLOURS[method], markersize=4)
+        if seeds:
+            axes.plot(*zip(*seeds, strict=True), ".", color=COLOURS[method], markersize=4)
     axes.set(xlabel="learning rate", ylabel=unit, xscale="log")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.experiments.jobs import run_all
+from bench.experiments.jobs import Workers
 
 # Student's t for an interval of 95 %, by degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -52,15 +52,17 @@ def study(
     rows: list[dict[str, Any]] = []
     steps: list[int] = []
     pending, left = grid, {0: settings["extensions"], -1: settings["extensions"]}
-    while pending:
-        seeds = range(settings["seeds"])
-        runs = [Run(m, lr, seed) for lr in pending for m in methods for seed in seeds]
-        for run, outcome in zip(runs, run_all(train, runs, workers, title), strict=True):
-            kept = dict(outcome)
-            steps = kept.pop("steps")
-            rows.append(asdict(run) | kept)
-        pending = _beyond(rows, grid, left)
-        grid = sorted(grid + pending)
+    seeds = range(settings["seeds"])
+    with Workers(workers) as side_by_side:
+        while pending:
+            runs = [Run(m, lr, seed) for lr in pending for m in methods for seed in seeds]
+            outcomes = side_by_side.run(train, runs, title)
+            for run, outcome in zip(runs, outcomes, strict=True):
+                kept = dict(outcome)
+                steps = kept.pop("steps")
+                rows.append(asdict(run) | kept)
+            pending = _beyond(rows, grid, left)
+            grid = sorted(grid + pending)
     summary = [summarise(rows, method, grid) for method in methods]
     return {
         "steps": steps,

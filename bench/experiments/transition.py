@@ -61,30 +61,26 @@ class TransportedLoFT(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step: both factors' moments, then the factor whose turn it is."""
-        for pair in self.pairs:
-            partners = [pair.lora_A.T, pair.lora_B]
-            bases = ref.orthonormal_bases(partners, [0.0, 0.0])
-            kept = [y.double().clone() for y in partners]  # the snapshot, before anything moves
-            scaling = pair.scaling.read()
-            for turn, (factor, transposed) in enumerate(
-                ((pair.lora_B, False), (pair.lora_A, True))
-            ):
-                self._advance(factor, transposed, kept[turn], bases[turn], scaling, turn)
+        # The snapshot, before anything moves.
+        partners = [y.double() for p in self.pairs for y in (p.lora_A.T.clone(), p.lora_B.clone())]
+        bases = ref.orthonormal_bases(partners, [0.0] * len(partners))
+        sides = [
+            (factor, transposed, pair.scaling.read())
+            for pair in self.pairs
+            for factor, transposed in ((pair.lora_B, False), (pair.lora_A, True))
+        ]
+        for (factor, transposed, scaling), partner, basis in zip(
+            sides, partners, bases, strict=True
+        ):
+            state, rows = self.state[factor], factor.T if transposed else factor
+            grad = factor.grad.T if transposed else factor.grad
+            self._advance(state, ref.scaled_gradient(grad, basis, scaling), partner, basis)
+            if state["step"] % 2 != transposed:  # B first
+                self._move(state, rows, basis, scaling)
 
-    def _advance(
-        self,
-        factor: Tensor,
-        transposed: bool,
-        partner: Tensor,
-        basis: ref.Basis,
-        scaling: float,
-        turn: int,
-    ) -> None:
-        """Transport and accumulate one factor's moments, and move it if it is its turn."""
-        group, state = self.param_groups[0], self.state[factor]
-        beta1, beta2 = group["betas"]
-        rows = factor.T if transposed else factor
-        g = ref.scaled_gradient(factor.grad.T if transposed else factor.grad, basis, scaling)
+    def _advance(self, state: dict[str, Any], g: Tensor, partner: Tensor, basis: ref.Basis) -> None:
+        """Transport and accumulate one factor's moments."""
+        beta1, beta2 = self.param_groups[0]["betas"]
         if not state:
             self._start(state, g, partner, basis)
         change = self._change(state, partner, basis)
@@ -93,12 +89,15 @@ class TransportedLoFT(torch.optim.Optimizer):
         state["guard"] = ref.update_guard(state["guard"], beta1, beta2)
         state["step"] += 1
         state["partner"], state["chol_inv"] = partner, basis.chol_inv
-        if state["step"] % 2 == turn:
-            return
+
+    def _move(self, state: dict[str, Any], rows: Tensor, basis: ref.Basis, scaling: float) -> None:
+        """Take the virtual Adam step, project it back and write the factor."""
+        group = self.param_groups[0]
+        beta1, beta2 = group["betas"]
         projected = ref.virtual_adam_projection(
             state["exp_avg"],
             state["second_moment"],
-            g.new_empty(0, *g.shape),
+            state["exp_avg"].new_empty(0, *state["exp_avg"].shape),
             basis.q,
             bias_correction1=ref.bias_correction(beta1, state["step"]),
             bias_correction2=ref.bias_correction(beta2, state["step"]),
