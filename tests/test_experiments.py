@@ -62,8 +62,9 @@ def measured(tmp_path_factory, digits) -> Path:
     return folder
 
 
-def numbers_of(study_found: dict) -> list[str]:
-    return [sections.number(row["test"]) for row in study_found["summary"]]
+def numbers_of(study_found: dict, name: str) -> list[str]:
+    digits = 3 if name == "factorisation" else 4
+    return [sections.number(row["test"], digits) for row in study_found["summary"]]
 
 
 @pytest.mark.parametrize("name", command.EXPERIMENTS)
@@ -77,7 +78,7 @@ def test_experiment_leaves_document_figure_and_section(name, measured):
     written = sections.section(found)
     assert found["command"] in written
     for each in found.get("studies", {}).values():
-        assert all(number in written for number in numbers_of(each))
+        assert all(number in written for number in numbers_of(each, name))
         assert all(claim in written for claim in each["claims"])
         assert len(each["rows"]) == len(each["summary"]) * len(each["grid"]) * 2
     for row in found.get("summary", ()):
@@ -186,7 +187,8 @@ def test_every_committed_document_has_its_section():
     documents = record.preferred()
     written = sections.sections()
     assert len(written) == len(documents)
-    for found, words in zip(documents.values(), written, strict=True):
+    for found in documents.values():
+        (words,) = (text for text in written if found["command"] in text)
         assert found["environment"]["commit"] in words
 
 

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from bench.experiments import record
+from bench.experiments.sections import FULL
 
 DPI, HEIGHT, WIDTH = 100, 3.6, 4.6  # inches of one panel
 # A method has its colour in every figure.
@@ -84,15 +85,24 @@ def draw_factorisation(found: record.Document, axes: Sequence[Axes]) -> None:
 
 
 def draw_studies(unit: str) -> Callable[[record.Document, Sequence[Axes]], None]:
-    """Return what draws two panels per study: curves at the best rates, ends at every rate."""
+    """Return what draws the panels of every study.
+
+    Curves at full AdamW's best rate where the study has it, curves at each method's own best rate,
+    and ends at every rate.
+    """
 
     def draw(found: record.Document, axes: Sequence[Axes]) -> None:
-        for place, (name, study) in enumerate(found["studies"].items()):
+        left = iter(axes)
+        for name, study in found["studies"].items():
             what = "|W - T|² / |T|²" if name == "matrix" else unit
-            draw_curves(axes[2 * place], study, best_rates(study), what)
-            draw_rates(axes[2 * place + 1], study, f"{name}: at the end")
+            rates = best_rates(study)
+            if FULL in rates:
+                draw_curves(next(left), study, dict.fromkeys(rates, rates[FULL]), what)
+            draw_curves(next(left), study, rates, what)
+            last = next(left)
+            draw_rates(last, study, f"{what} at the end" if name == "matrix" else "test loss")
             if name == "matrix":
-                axes[2 * place + 1].set_yscale("log")
+                last.set_yscale("log")
 
     return draw
 
@@ -152,8 +162,8 @@ def draw_same_curves(found: record.Document, axes: Sequence[Axes]) -> None:
 # Name of the experiment: how many panels, and what draws them.
 DRAWN: dict[str, tuple[int, Callable[[record.Document, Sequence[Axes]], None]]] = {
     "factorisation": (3, draw_factorisation),
-    "text": (2, draw_studies("validation loss, nats per token")),
-    "dynamics": (2, draw_studies("training loss")),
+    "text": (3, draw_studies("validation loss, nats per token")),
+    "dynamics": (3, draw_studies("training loss")),
     "calibration": (4, draw_studies("validation loss, nats per token")),
     "cross-term": (2, draw_cross_term),
     "memory": (2, draw_memory),

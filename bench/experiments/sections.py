@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import log10
+from statistics import fmean
 from typing import Any
 
 from bench.experiments import record
 
+FULL = "full AdamW"
 TITLES = {
     "factorisation": "Matrix factorisation (the paper's Figure 2)",
     "text": "Text, and which of LoFT's parts it needs (Figure 7)",
@@ -25,7 +28,8 @@ ABOUT = {
     "text": (
         "A pretrained language model is adapted to other text. Each method's learning rate is the "
         "best of one grid by mean validation loss; the loss shown, in nats per token, is that of a "
-        "test part. Seeds change the adapter's start and the order of the batches."
+        "test part. Full AdamW trains every weight, embeddings and norms included; adapters sit on "
+        "the linear layers. Seeds change the adapter's start and the order of the batches."
     ),
     "dynamics": (
         "A vision transformer pretrained on the digits 0 to 4 is adapted to 5 to 9, with a new "
@@ -74,25 +78,30 @@ def size(count: float) -> str:
 
 def study_table(study: Mapping[str, Any], reported: str = "test loss") -> str:
     """Lay out a study: every method at its best rate, and what can be claimed of it."""
+    rates = {row["method"]: row["lr"] for row in study["summary"]}
+    shared = rates.get(FULL)
     has_accuracy = "accuracy" in study["summary"][0]
     head = ["method", "best lr", reported, "std", "95 % interval", "optimizer state"]
+    head += ["accuracy"] * has_accuracy
+    head += [f"at lr {shared:g}"] * (shared is not None)
     rows = []
     for row in study["summary"]:
-        rows.append(
-            [
-                row["method"],
-                f"{row['lr']:g}" + ("*" if row["at_edge"] else ""),
-                number(row["test"]),
-                number(row["std"], 2),
-                f"{number(row['low'])} to {number(row['high'])}",
-                size(row["state_bytes"]),
-            ]
-        )
+        cells = [
+            row["method"],
+            f"{row['lr']:g}" + ("*" if row["at_edge"] else ""),
+            number(row["test"]),
+            number(row["std"], 2),
+            f"{number(row['low'])} to {number(row['high'])}",
+            size(row["state_bytes"]),
+        ]
         if has_accuracy:
-            rows[-1].append(f"{100 * row['accuracy']:.1f} %")
-    if has_accuracy:
-        head.append("accuracy")
+            cells.append(f"{100 * row['accuracy']:.1f} %")
+        if shared is not None:
+            cells.append(number(mean_end(study, row["method"], shared)))
+        rows.append(cells)
     parts = [table(head, rows)]
+    if shared is not None:
+        parts.append(f"The last column is every method at full AdamW's best rate, {shared:g}.")
     if any(row["at_edge"] for row in study["summary"]):
         parts.append("\\* the best rate is the first or last of the grid.")
     seeds = study["summary"][0]["seeds"]
@@ -110,20 +119,38 @@ def claims(found: Sequence[str]) -> str:
     return f"Pairs whose 95 % intervals are apart; no other pair's are:\n\n{listed}"
 
 
+def mean_end(study: Mapping[str, Any], method: str, lr: float) -> float | None:
+    """Average what the seeds end at; None where one diverged."""
+    ends = [r["test"] for r in study["rows"] if r["method"] == method and r["lr"] == lr]
+    return None if None in ends else fmean(ends)
+
+
 def grid_table(study: Mapping[str, Any]) -> str:
-    """Lay out the mean loss at the end at every rate."""
+    """Lay out the mean loss at the end at every rate, and how near a curve is to full AdamW's."""
+    head = ["loss at the end", *(f"lr {lr:g}" for lr in study["grid"]), "lowest", "apart"]
     rows = []
-    for summary in study["summary"]:
-        cells = [summary["method"]]
-        for lr in study["grid"]:
-            ends = [
-                row["test"]
-                for row in study["rows"]
-                if row["method"] == summary["method"] and row["lr"] == lr
-            ]
-            cells.append(number(None if None in ends else sum(ends) / len(ends), 3))
-        rows.append(cells)
-    return table(["mean loss at the end", *(f"lr {lr:g}" for lr in study["grid"])], rows)
+    for row in study["summary"]:
+        ends = [mean_end(study, row["method"], lr) for lr in study["grid"]]
+        lowest = min(end for end in ends if end is not None)
+        apart = number(apart_from_full(study, row["method"]), 2)
+        rows.append([row["method"], *(number(x, 3) for x in (*ends, lowest)), apart])
+    return (
+        table(head, rows)
+        + "\n\nApart: how far a loss curve is from full AdamW's at the same rate and "
+        "seed, in powers of ten, on average over steps, rates and seeds."
+    )
+
+
+def apart_from_full(study: Mapping[str, Any], method: str) -> float:
+    """Average ``|log10(loss / full AdamW's loss)|`` over the curves of equal rates and seeds."""
+    curves = {(r["method"], r["lr"], r["seed"]): r["curve"] for r in study["rows"]}
+    return fmean(
+        abs(log10(a / b))
+        for (name, lr, seed), curve in curves.items()
+        if name == method
+        for a, b in zip(curve, curves[FULL, lr, seed], strict=True)
+        if a and b
+    )
 
 
 def recovery_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -199,13 +226,15 @@ def numbers(found: record.Document) -> str:
     own = {"cross-term": cross_term_table, "memory": memory_table, "same-curves": same_curves_table}
     if kind in own:
         return own[kind](found)
+    if kind == "factorisation":
+        study = found["studies"]["matrix"]
+        seeds = f"{study['summary'][0]['seeds']} seeds."
+        return "\n\n".join([grid_table(study), seeds, recovery_table(found["recovery"])])
     several = len(found["studies"]) > 1
     parts = []
     for name, study in found["studies"].items():
         reported = "loss at the end" if name == "matrix" else "test loss"
         parts += [f"On {name}:"] * several + [study_table(study, reported)]
-    if kind == "factorisation":
-        parts += [grid_table(found["studies"]["matrix"]), recovery_table(found["recovery"])]
     return "\n\n".join(parts)
 
 
@@ -231,4 +260,6 @@ def section(found: record.Document) -> str:
 
 def sections() -> list[str]:
     """Write a Markdown section per experiment, from the largest document of each."""
-    return [section(found) for found in record.preferred().values()]
+    order = list(TITLES)
+    documents = record.preferred().values()
+    return [section(x) for x in sorted(documents, key=lambda x: order.index(record.kind(x)))]
