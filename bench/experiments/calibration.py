@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from bench.experiments import factorisation, text
+from bench.experiments.methods import FULL
 from bench.experiments.record import Document, Request, document
 from bench.experiments.study import study
 
@@ -47,7 +48,9 @@ def measure(request: Request) -> Document:
     settings = SIZES[request.size]
     asked = settings | {"device": request.device, "backend": request.backend}
     train = partial(factorisation.train, asked)
-    on_matrix = study(train, COMPARED, settings, request.workers, "calibration: matrix")
+    # What calibration is for: to stay with the full weight's AdamW, which is cheap here.
+    methods = (FULL, *COMPARED)
+    on_matrix = study(train, methods, settings, request.workers, "calibration: matrix")
     on_text = text.compare(COMPARED, request, settings["text"], "calibration: text")
     studies = {"matrix": on_matrix, "text": on_text}
     return document("calibration", request, settings, studies=studies)

@@ -164,7 +164,7 @@ DRAWN: dict[str, tuple[int, Callable[[record.Document, Sequence[Axes]], None]]] 
     "factorisation": (3, draw_factorisation),
     "text": (3, draw_studies("validation loss, nats per token")),
     "dynamics": (3, draw_studies("training loss")),
-    "calibration": (4, draw_studies("validation loss, nats per token")),
+    "calibration": (5, draw_studies("validation loss, nats per token")),
     "cross-term": (2, draw_cross_term),
     "memory": (2, draw_memory),
     "same-curves": (2, draw_same_curves),
@@ -180,14 +180,16 @@ def draw_one(found: record.Document, path: Path) -> None:
     from PIL import Image
 
     panels, draw = DRAWN[record.kind(found)]
-    across = 2 if panels == 4 else panels
-    down = panels // across
+    across = min(panels, 3)
+    down = -(-panels // across)
     figure, axes = pyplot.subplots(
         down, across, figsize=(WIDTH * across, HEIGHT * down), layout="constrained", squeeze=False
     )
     flat = list(axes.flat)
     draw(found, flat)
-    for each in flat:
+    for each in flat[panels:]:
+        each.set_axis_off()
+    for each in flat[:panels]:
         each.grid(alpha=0.3)
         each.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -235,6 +235,8 @@ def numbers(found: record.Document) -> str:
     for name, study in found["studies"].items():
         reported = "loss at the end" if name == "matrix" else "test loss"
         parts += [f"On {name}:"] * several + [study_table(study, reported)]
+        if name == "matrix":
+            parts.append(grid_table(study))
     return "\n\n".join(parts)
 
 
