@@ -83,7 +83,8 @@ def study_table(study: Mapping[str, Any], reported: str = "test loss") -> str:
     has_accuracy = "accuracy" in study["summary"][0]
     head = ["method", "best lr", reported, "std", "95 % interval", "optimizer state"]
     head += ["accuracy"] * has_accuracy
-    head += [f"at lr {shared:g}"] * (shared is not None)
+    if shared is not None:
+        head.append(f"at lr {shared:g}")
     rows = []
     for row in study["summary"]:
         cells = [
