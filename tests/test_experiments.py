@@ -17,8 +17,11 @@ import loft_kernels as lk
 ROOT = Path(__file__).parents[1]
 # At the end, so that a copy of the package elsewhere on the path stays in front.
 sys.path.append(str(ROOT))
-for library in ("peft", "transformers", "matplotlib", "tqdm"):
+for library in ("peft", "transformers", "tokenizers", "matplotlib", "tqdm"):
     pytest.importorskip(library, reason="the experiments need it")
+
+import finetune  # noqa: E402 - needs those libraries
+import tiny  # noqa: E402 - as above
 
 from bench.experiments import (  # noqa: E402 - needs those libraries
     calibration,
@@ -272,6 +275,29 @@ def test_diverged_runs_lose_and_are_written_as_null():
     found = study.study(train, ("a",), settings, 1, "")
     assert found["summary"][0]["lr"] == 1.0
     assert [row["test"] for row in record.rounded(found)["rows"]] == [1.0, 1.0, None, None]
+
+
+def test_text_adapts_a_given_model_to_a_given_text(tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="finetune.py reads texts with it")
+    folder, words = tmp_path / "own", tmp_path / "words.txt"
+    finetune.byte_model(16, 0, width=16, layers=1, heads=2).save_pretrained(folder)
+    tiny.tiny_tokenizer().save_pretrained(folder)
+    words.write_text("\n".join(tiny.tiny_texts(200)))
+    small = {"block_size": 16, "batch_size": 2, "held_out_blocks": 8, "steps": 16, "rank": 2}
+    small |= {"grid": [1e-3, 1e-2], "seeds": 1, "extensions": 0}
+    monkeypatch.setattr(text, "HUB", text.HUB | small | {"steps": 4})
+    with pytest.raises(SystemExit, match="held out"):
+        command.main(["text", *TINY, "--model", str(folder), "--dataset", str(words)])
+    monkeypatch.setattr(text, "HUB", text.HUB | small)
+    out = ["--out", str(tmp_path / "out")]
+    command.main(["text", *TINY, *out, "--model", str(folder), "--dataset", str(words)])
+    found = record.read(tmp_path / "out" / "text-own-tiny-cpu.json")
+    rows = found["studies"]["text"]["rows"]
+    assert {row["method"] for row in rows} == set(text.COMPARED)
+    assert (tmp_path / "out" / "text-own.png").exists()
+    # One seed has no interval, so nothing can be claimed.
+    assert found["studies"]["text"]["claims"] == []
+    assert found["settings"]["dataset"] in sections.section(found)
 
 
 def test_jobs_in_processes_give_what_one_process_gives(tmp_path):

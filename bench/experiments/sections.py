@@ -179,7 +179,7 @@ def cross_term_table(found: record.Document) -> str:
         [row["start"], f"{row['lr']:g}", *(number(row[key], 3) for key in keys)]
         for row in found["summary"]
     ]
-    return table(head, rows)
+    return table(head, rows) + f"\n\nMeans over {found['settings']['seeds']} seeds."
 
 
 def memory_table(found: record.Document) -> str:
@@ -200,8 +200,10 @@ def memory_table(found: record.Document) -> str:
         ]
         for row in found["summary"]
     ]
-    note = "\n\n\\* the first or last rate of the grid."
-    return table(head, rows) + (note if any(r["at_edge"] for r in found["summary"]) else "")
+    note = f"\n\nMeans over {found['settings']['seeds']} seeds."
+    if any(row["at_edge"] for row in found["summary"]):
+        note += " \\* the first or last rate of the grid."
+    return table(head, rows) + note
 
 
 def same_curves_table(found: record.Document) -> str:

@@ -96,10 +96,15 @@ def start(settings: Mapping[str, Any], request: Request, folder: str) -> Path:
         args.model, args.dataset = request.model, request.dataset
         known = ("wikitext", "Salesforce/wikitext")
         args.dataset_config = "wikitext-2-raw-v1" if args.dataset in known else None
-        model, corpus, targets = finetune.load(args)
+        try:
+            model, corpus, targets = finetune.load(args)
+        except (OSError, ValueError) as error:  # a name that is not there, a text too short
+            raise SystemExit(f"text: {error}") from error
     else:
         model = finetune.pretrained(args, **settings["shape"])
         corpus = english_topics(args.block_size, args.held_out_blocks)
+    if len(corpus.held_out) < 2:
+        raise SystemExit("text: two blocks must be held out at least, one to choose the rate by")
     path = Path(folder) / "start.pt"
     # What is held out serves two ends: every other block chooses the rate, the rest is reported.
     torch.save(
