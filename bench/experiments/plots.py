@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import nan
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from bench.experiments import record
-from bench.experiments.sections import FULL
+from bench.experiments.sections import FULL, average
 
 DPI, HEIGHT, WIDTH = 100, 3.6, 4.6  # inches of one panel
 # A method has its colour in every figure.
@@ -30,15 +30,15 @@ Axes = Any
 Rows = Sequence[Mapping[str, Any]]
 
 
-def average(values: Iterable[float | None]) -> float:
+def height(values: Iterable[float | None]) -> float:
     """Average over seeds; a diverged run leaves a gap."""
-    known = list(values)
-    return float("nan") if None in known else fmean(known)
+    found = average(list(values))
+    return nan if found is None else found
 
 
 def mean_curve(rows: Rows) -> list[float]:
     """Average the curves of several seeds, point by point."""
-    return [average(point) for point in zip(*(row["curve"] for row in rows), strict=True)]
+    return [height(point) for point in zip(*(row["curve"] for row in rows), strict=True)]
 
 
 def draw_curves(
@@ -57,7 +57,7 @@ def draw_rates(axes: Axes, study: Mapping[str, Any], unit: str) -> None:
     for summary in study["summary"]:
         method = summary["method"]
         rows = [row for row in study["rows"] if row["method"] == method]
-        ends = [average(r["test"] for r in rows if r["lr"] == lr) for lr in study["grid"]]
+        ends = [height(r["test"] for r in rows if r["lr"] == lr) for lr in study["grid"]]
         axes.plot(study["grid"], ends, color=COLOURS[method], label=method)
         seeds = [(row["lr"], row["test"]) for row in rows if row["test"] is not None]
         if seeds:
@@ -118,7 +118,7 @@ def draw_cross_term(found: record.Document, axes: Sequence[Axes]) -> None:
             (1, "simultaneous", "o-", "simultaneous"),
             (1, "alternating", "s--", "alternating"),
         ):
-            values = [average([row[key]]) for row in rows]
+            values = [height([row[key]]) for row in rows]
             axes[place].plot(rates, values, style, color=colour, label=f"{start}, {label}")
     axes[0].set(ylabel="|dB dA| / |dB A + B dA|")
     axes[1].set(ylabel="|W - T|² / |T|² at the end")
@@ -135,12 +135,21 @@ def draw_memory(found: record.Document, axes: Sequence[Axes]) -> None:
         size = [row["state_bytes"] / 2**20 for row in rows]
         style = {"color": COLOURS[method], "label": method}
         axes[0].plot(size, [row["own_loss"] for row in rows], "o-", **style)
-        if rows[0]["rank"]:
-            axes[1].plot(size, [row["distance"] for row in rows], "o-", **style)
-            for row in rows:
-                axes[1].annotate(f"r={row['rank']}", (size[rows.index(row)], row["distance"]))
+        if not rows[0]["rank"]:
+            continue
+        distances = [
+            height(
+                r["distance"]
+                for r in found["rows"]
+                if (r["method"], r["rank"]) == (method, row["rank"])
+            )
+            for row in rows
+        ]
+        axes[1].plot(size, distances, "o-", **style)
+        for row, place in zip(rows, zip(size, distances, strict=True), strict=True):
+            axes[1].annotate(f"r={row['rank']}", place, fontsize=7)
     axes[0].set(ylabel="|W - T|² / |T|² at the best rate", yscale="log")
-    axes[1].set(ylabel="distance to full AdamW at its rate")
+    axes[1].set(ylabel="distance to full AdamW at equal rates")
     for each in axes:
         each.set(xlabel="optimizer state, MiB", xscale="log")
 

@@ -45,8 +45,9 @@ ABOUT = {
     "memory": (
         "A noisy matrix problem of slowly falling spectrum, trained by the full weight, LoRA, and "
         "LoFT with the full and the elementwise second moment (simple). Loss and distance to full "
-        "AdamW's weight are taken at full AdamW's best rate, and the loss at the method's own "
-        "best rate; the last column is the least that a weight of this rank can reach."
+        "AdamW's weight are taken at full AdamW's best rate (the distance also at every rate of "
+        "the grid, on average), and the loss at the method's own best rate; the last column is the "
+        "least that a weight of this rank can reach."
     ),
     "calibration": (
         "LoFT with four transitions of its moments between subspaces: the exact C, (C + I) / 2, "
@@ -120,10 +121,14 @@ def claims(found: Sequence[str]) -> str:
     return f"Pairs whose 95 % intervals are apart; no other pair's are:\n\n{listed}"
 
 
+def average(values: Sequence[float | None]) -> float | None:
+    """Average over seeds or rates; None where one diverged."""
+    return None if None in values else fmean(values)
+
+
 def mean_end(study: Mapping[str, Any], method: str, lr: float) -> float | None:
-    """Average what the seeds end at; None where one diverged."""
-    ends = [r["test"] for r in study["rows"] if r["method"] == method and r["lr"] == lr]
-    return None if None in ends else fmean(ends)
+    """Average what the seeds end at."""
+    return average([r["test"] for r in study["rows"] if r["method"] == method and r["lr"] == lr])
 
 
 def grid_table(study: Mapping[str, Any]) -> str:
@@ -185,8 +190,11 @@ def cross_term_table(found: record.Document) -> str:
 def memory_table(found: record.Document) -> str:
     """Lay out memory against fidelity, one row per method and rank."""
     lr = found["summary"][0]["lr_of_full"]
+    distances: dict[tuple[str, int], list[float]] = {}
+    for row in found["rows"]:
+        distances.setdefault((row["method"], row["rank"]), []).append(row["distance"])
     head = ["method", "r", "optimizer state", f"loss at lr {lr:g}", "distance to full AdamW"]
-    head += ["own best lr", "loss there", "least of this rank"]
+    head += ["at every rate", "own best lr", "loss there", "least of this rank"]
     rows = [
         [
             row["method"],
@@ -194,6 +202,7 @@ def memory_table(found: record.Document) -> str:
             size(row["state_bytes"]),
             number(row["loss"]),
             number(row["distance"], 3),
+            number(average(distances[row["method"], row["rank"]]), 3),
             f"{row['own_lr']:g}" + ("*" if row["at_edge"] else ""),
             number(row["own_loss"]),
             number(row["least_loss"]),
