@@ -35,11 +35,13 @@ def environment() -> dict[str, Any]:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout
 
     cuda = torch.cuda.is_available()
+    # What a benchmark writes changes nothing that another one measures.
+    code = ":(top,exclude)bench/results", ":(top,exclude)docs"
     return {
         # A copy of the tree without its history can be told which commit it is.
         "commit": git("rev-parse", "--short", "HEAD").strip() or os.environ.get("LOFT_COMMIT"),
         # None where there is no history to compare with.
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no").strip())
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", *code).strip())
         if git("rev-parse", "HEAD")
         else None,
         "torch": torch.__version__,
