@@ -41,6 +41,7 @@ from bench.experiments import (  # noqa: E402 - needs those libraries
     transition,
 )
 from bench.experiments.methods import LOFT, METHODS  # noqa: E402 - as above
+from bench.run import environment  # noqa: E402 - as above
 
 TINY = ["--size", "tiny", "--workers", "1"]
 
@@ -307,10 +308,39 @@ def test_jobs_in_processes_give_what_one_process_gives(tmp_path):
     assert jobs.run_all(train, runs, 2, "") == jobs.run_all(train, runs, 1, "")
 
 
+def test_digits_file_is_what_scikit_learn_brings(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn", reason="it brings the digits")
+    images, classes = dynamics.digits(tmp_path / "digits.npz")
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    again = dynamics.digits(tmp_path / "digits.npz")
+    assert torch.equal(images, again[0])
+    assert torch.equal(classes, again[1])
+    assert images.shape == (1797, 1, 8, 8)
+    assert images.max() == 1
+    tasks = dynamics.halves(images, classes)
+    sizes = {name: [len(y) for _, y in parts.values()] for name, parts in tasks.items()}
+    assert sizes == {"pretraining": [541, 180, 180], "adaptation": [538, 179, 179]}
+
+
 def test_digits_without_scikit_learn_say_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(SystemExit, match="--data"):
         dynamics.digits(tmp_path / "absent.npz")
+
+
+def test_what_benchmarks_write_does_not_make_the_tree_dirty(tmp_path, monkeypatch):
+    files = [tmp_path / name for name in ("bench/results/x.json", "docs/figures/x.png", "code.py")]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GIT_DIR", raising=False)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.invalid", "-c", "commit.gpgsign=false"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    for path, dirty in zip(files, (False, False, True), strict=True):
+        path.write_text("2")
+        assert environment()["dirty"] is dirty, path
 
 
 def test_every_method_is_what_its_experiment_says():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Method:
 
     adapter: str | None
     loft: Mapping[str, Any] | None = None
-    transition: str | None = field(default=None)
+    transition: str | None = None
 
 
 METHODS = {
