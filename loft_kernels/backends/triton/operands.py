@@ -19,6 +19,7 @@ import triton.language as tl
 from loft_kernels.backends.triton.tables import (
     BIAS1,
     BIAS2,
+    BOUND,
     COLUMNS,
     EXP_AVG,
     MOVES,
@@ -84,6 +85,12 @@ def centre_of(p_sq, mpm, m_4):
     sigma_sq = tl.where(r_sq > 0, tl.rsqrt(tl.where(r_sq > 0, r_sq, 1.0)), 1.0)
     # A row whose squares underflow has v = 0 everywhere: eps alone decides, any sigma serves.
     return a, tl.minimum(sigma_sq, 1e30)
+
+
+@triton.jit
+def residual_weight(number_ptr):
+    """Return what R counts: 0 at the first step, where P^ = m^^T m^ and R is rounding alone."""
+    return tl.where(tl.load(number_ptr + BOUND) > 1.0 + 1e-9, 1.0, 0.0)
 
 
 @triton.jit
@@ -199,6 +206,7 @@ def _write_residual(
         o_p += rank - 1 - i
     m_sq = tl.sum(m * m, axis=1)
     a, sigma_sq = centre_of(tl.sum(p_sq, axis=1), tl.sum(mpm, axis=1), m_sq * m_sq)
+    counts = sigma_sq * residual_weight(number_ptr)
     first_row = tl.load(row_ptr + RESIDUAL_ROW) + start
     tl.store(centre_ptr + 2 * (first_row + o_row), a)
     tl.store(centre_ptr + 2 * (first_row + o_row) + 1, sigma_sq)
@@ -209,7 +217,7 @@ def _write_residual(
         m_i = tl.load(m_ptrs + i, mask=live, other=0.0) * unbias1
         p = tl.load(p_ptr + o_p, mask=mask & (o_j >= i)[None, :], other=0.0) * unbias2
         residual = p - (a * m_i)[:, None] * m
-        residual *= sigma_sq[:, None] * tl.where(o_j == i, 1.0, 2.0)[None, :]
+        residual *= counts[:, None] * tl.where(o_j == i, 1.0, 2.0)[None, :]
         kept = ((o_j >= i) & (o_j < rank))[None, :]
         tl.store(out_ptr + o_out, residual.to(DTYPE), mask=kept)
         o_p += rank - 1 - i

@@ -26,6 +26,7 @@ from loft_kernels.backends.triton.operands import (
     from_row,
     load_half,
     moment_entries,
+    residual_weight,
     scale_of,
 )
 from loft_kernels.backends.triton.tables import (
@@ -151,6 +152,7 @@ def _residual_rows(
     rank,
     bias1,
     bias2,
+    counts,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -172,10 +174,11 @@ def _residual_rows(
         mpm += tl.sum(weight_t * p_t * m_m_t, axis=1)
         m_4 += tl.sum(weight_t * m_m_t * m_m_t, axis=1)
     a, sigma_sq = centre_of(p_sq, mpm, m_4)
-    main = ((p - a[:, None] * m_m) * (sigma_sq[:, None] * weight)).to(DTYPE)
+    counts *= sigma_sq[:, None]
+    main = ((p - a[:, None] * m_m) * (counts * weight)).to(DTYPE)
     tail = main
     if TAIL > 0:
-        tail = ((p_t - a[:, None] * m_m_t) * (sigma_sq[:, None] * weight_t)).to(DTYPE)
+        tail = ((p_t - a[:, None] * m_m_t) * (counts * weight_t)).to(DTYPE)
     return a, sigma_sq, main, tail
 
 
@@ -221,6 +224,7 @@ def _update_kernel(
         bias1 = tl.load(numbers_ptr + side * NUMBERS + BIAS1).to(tl.float32)
         bias2 = tl.load(numbers_ptr + side * NUMBERS + BIAS2).to(tl.float32)
         floor = (1.0 / tl.load(numbers_ptr + side * NUMBERS + BOUND)).to(tl.float32)
+        counts = residual_weight(numbers_ptr + side * NUMBERS)
         m_ptr = tl.load(row_ptr + EXP_AVG).to(tl.pointer_type(tl.float32))
         p_ptr = tl.load(row_ptr + SECOND_MOMENT).to(tl.pointer_type(tl.float32))
         m_ptr, p_ptr, left = from_row(m_ptr, p_ptr, rows, start, rank)
@@ -230,7 +234,18 @@ def _update_kernel(
         # The rows' operands: sigma m in two halves, and the residual.
         if RESIDENT:
             a, sigma_sq, r_main, r_tail = _residual_rows(
-                m_ptr, p_ptr, pairs_ptr, o_row, left, rank, bias1, bias2, MAIN, TAIL, OPERAND
+                m_ptr,
+                p_ptr,
+                pairs_ptr,
+                o_row,
+                left,
+                rank,
+                bias1,
+                bias2,
+                counts,
+                MAIN,
+                TAIL,
+                OPERAND,
             )
         else:
             first = tl.load(row_ptr + RESIDUAL_ROW) + start
@@ -248,7 +263,11 @@ def _update_kernel(
             m_low = tl.where((part == 0)[None, :], m_low, 0.0)
 
         o_partner = tl.load(row_ptr + PARTNER_ROW).to(tl.int32)
+        # Thousands of additions to one accumulator drift: tensor cores truncate what they add, by
+        # 2^-24 of the sum each time. So D Q is added up over a few tiles, and these sums apart.
+        FLUSH: tl.constexpr = 2 if EXACT else 8
         acc = tl.zeros((BLOCK_M, R), tl.float32)
+        projected = tl.zeros((BLOCK_M, R), tl.float32)
         for j in range(0, partner_rows.to(tl.int32), BLOCK_N):
             q = halves.load([o_partner + j, PRODUCTS])
             m_tile = tl.dot(m_high, tl.trans(q), input_precision=PRECISION)
@@ -275,13 +294,16 @@ def _update_kernel(
                     product = tail.load([o_partner + j, BLOCKS * MAIN])
                     dot = tl.dot(rows_of, tl.trans(product), dot, input_precision=PRECISION)
             d = _entries(m_tile, dot, a, floor, eps, EXACT, ASM)
-            acc = tl.dot(d, q, acc, input_precision=PRECISION)
+            keep = tl.where((j // BLOCK_N) % FLUSH == 0, 0.0, 1.0)
+            projected += acc * (1.0 - keep)
+            acc = tl.dot(d, q, acc * keep, input_precision=PRECISION)
+        projected += acc
 
         # In fp64, because L^+ carries the partner's condition.
         o_r = tl.arange(0, R)
         inverse = tl.load(inverse_ptr + (side ^ 1) * R * R + o_r[:, None] * R + o_r[None, :])
         live = (o_r < rank)[None, :]
-        projected = tl.where(live, acc / tau, 0.0).to(tl.float64)
+        projected = tl.where(live, projected / tau, 0.0).to(tl.float64)
         direction = tl.dot(projected, inverse, out_dtype=tl.float64)
         move_rows(
             row_ptr,

@@ -27,6 +27,7 @@ from loft_kernels.backends.triton.operands import (
     from_row,
     load_half,
     moment_entries,
+    residual_weight,
     scale_of,
 )
 from loft_kernels.backends.triton.tables import (
@@ -53,6 +54,10 @@ def hopper_descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     """Describe tiles of a matrix to the tensor memory accelerator."""
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.float16)
     return TensorDescriptor.from_tensor(tensor, block, layout)
+
+
+# Tiles whose D Q is added up in one accumulator; see ``update``.
+FLUSH = gl.constexpr(8)
 
 
 @gluon.jit
@@ -201,12 +206,14 @@ def _update_hopper_kernel(
             mpm += gl.convert_layout(gl.sum(weight_t * p_t * m_m_t, axis=1), rowwise)
             m_4 += gl.convert_layout(gl.sum(weight_t * m_m_t * m_m_t, axis=1), rowwise)
         a, sigma_sq = centre_of(p_sq, mpm, m_4)
-        r_main = (p - a[:, None] * m_m) * (sigma_sq[:, None] * weight)
+        counts = sigma_sq * residual_weight(numbers_ptr + side * NUMBERS)
+        r_main = (p - a[:, None] * m_m) * (counts[:, None] * weight)
         r_main = gl.convert_layout(r_main.to(gl.float16), left_wide)
         a16 = gl.convert_layout(a, gl.SliceLayout(1, by_16))
         sigma_sq16 = gl.convert_layout(sigma_sq, gl.SliceLayout(1, by_16))
         if TAIL > 0:
-            r_tail = (p_t - a16[:, None] * m_m_t) * (sigma_sq16[:, None] * weight_t)
+            counts16 = gl.convert_layout(counts, gl.SliceLayout(1, by_16))
+            r_tail = (p_t - a16[:, None] * m_m_t) * (counts16[:, None] * weight_t)
             r_tail = gl.convert_layout(r_tail.to(gl.float16), left_wide)
 
         # sigma m in two halves, in registers too.
@@ -260,51 +267,53 @@ def _update_hopper_kernel(
             )
 
         none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, wide)
-        acc = warpgroup_mma_init(gl.zeros([BLOCK_M, R], gl.float32, narrow))
-        for t in range(0, tiles):
-            slot, phase = t % STAGES, (t // STAGES) & 1
-            mbarrier.wait(high_full.index(slot), phase)
-            q = s_high.index(slot)
-            q_t = q.permute((1, 0))
-            m_tile = warpgroup_mma(m_high, q_t, none, use_acc=False, is_async=True)
-            if SPLIT < 3:
-                m_tile = warpgroup_mma(m_low, q_t, m_tile, is_async=True)
-            if SPLIT == 1:
-                mbarrier.wait(low_full.index(slot), phase)
-                low_t = s_low.index(slot).permute((1, 0))
-                m_tile = warpgroup_mma(m_high, low_t, m_tile, is_async=True)
-            mbarrier.wait(main_full.index(slot), phase)
-            main_t = s_main.index(slot).permute((1, 0))
-            dot = warpgroup_mma(r_main, main_t, none, use_acc=False, is_async=True)
-            if TAIL > 0:
-                mbarrier.wait(tail_full.index(slot), phase)
-                tail_t = s_tail.index(slot).permute((1, 0))
-                dot = warpgroup_mma(r_tail, tail_t, dot, is_async=True)
-            m_tile, dot, acc = warpgroup_mma_wait(0, deps=[m_tile, dot, acc])
-            # All products of the tile before are done in every warp: its slot is free.
-            tl.debug_barrier()
-            ahead = t + STAGES - 1
-            _fetch(
-                ahead,
-                ahead < tiles,
-                o_partner,
-                main,
-                tail,
-                halves,
-                slots,
-                bars,
-                BLOCK_N,
-                MAIN,
-                TAIL,
-                SPLIT,
-                R,
-                STAGES,
-            )
-            v = guarded(m_tile, dot, a, floor)
-            d = two_entries(m_tile, v, tl.broadcast_to(eps[:, None], m_tile.shape))
-            d = gl.convert_layout(d, left_narrow)
-            acc = warpgroup_mma(d, q, acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        projected = gl.zeros([BLOCK_M, R], gl.float32, narrow)
+        for first_tile in range(0, tiles, FLUSH):
+            acc = warpgroup_mma_init(gl.zeros([BLOCK_M, R], gl.float32, narrow))
+            for t in range(first_tile, gl.minimum(first_tile + FLUSH, tiles)):
+                slot, phase = t % STAGES, (t // STAGES) & 1
+                mbarrier.wait(high_full.index(slot), phase)
+                q = s_high.index(slot)
+                q_t = q.permute((1, 0))
+                m_tile = warpgroup_mma(m_high, q_t, none, use_acc=False, is_async=True)
+                if SPLIT < 3:
+                    m_tile = warpgroup_mma(m_low, q_t, m_tile, is_async=True)
+                if SPLIT == 1:
+                    mbarrier.wait(low_full.index(slot), phase)
+                    low_t = s_low.index(slot).permute((1, 0))
+                    m_tile = warpgroup_mma(m_high, low_t, m_tile, is_async=True)
+                mbarrier.wait(main_full.index(slot), phase)
+                main_t = s_main.index(slot).permute((1, 0))
+                dot = warpgroup_mma(r_main, main_t, none, use_acc=False, is_async=True)
+                if TAIL > 0:
+                    mbarrier.wait(tail_full.index(slot), phase)
+                    tail_t = s_tail.index(slot).permute((1, 0))
+                    dot = warpgroup_mma(r_tail, tail_t, dot, is_async=True)
+                m_tile, dot, acc = warpgroup_mma_wait(0, deps=[m_tile, dot, acc])
+                # All products of the tile before are done in every warp: its slot is free.
+                tl.debug_barrier()
+                ahead = t + STAGES - 1
+                _fetch(
+                    ahead,
+                    ahead < tiles,
+                    o_partner,
+                    main,
+                    tail,
+                    halves,
+                    slots,
+                    bars,
+                    BLOCK_N,
+                    MAIN,
+                    TAIL,
+                    SPLIT,
+                    R,
+                    STAGES,
+                )
+                v = guarded(m_tile, dot, a, floor)
+                d = two_entries(m_tile, v, tl.broadcast_to(eps[:, None], m_tile.shape))
+                d = gl.convert_layout(d, left_narrow)
+                acc = warpgroup_mma(d, q, acc, is_async=True)
+            projected += warpgroup_mma_wait(0, deps=[acc])
         for b in gl.static_range(4):
             for stage in gl.static_range(STAGES):
                 mbarrier.invalidate(bars[b].index(stage))
@@ -313,7 +322,7 @@ def _update_hopper_kernel(
             hyper_ptr,
             inverse_ptr,
             side,
-            acc,
+            projected,
             tau,
             start,
             rows,
