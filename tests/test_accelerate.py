@@ -22,6 +22,12 @@ transformers = pytest.importorskip("transformers", reason="Trainer is optional")
 OPTIONS = {"lr": 2e-2, "weight_decay": 0.1, "max_grad_norm": 0.3}
 
 
+@pytest.fixture(autouse=True)
+def own_state() -> None:
+    """accelerate's process-wide state holds the device of whoever made an Accelerator first."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def decay(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
 

@@ -9,6 +9,8 @@ multiprocessor, so that one's entries hide another's products.
 
 from __future__ import annotations
 
+from functools import cache
+
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
@@ -50,10 +52,15 @@ from loft_kernels.backends.triton.update import guarded, move_rows, two_entries
 fetch_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
-def hopper_descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    """Describe tiles of a matrix to the tensor memory accelerator."""
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.float16)
-    return TensorDescriptor.from_tensor(tensor, block, layout)
+@cache
+def _tile_layout(block: tuple[int, int]) -> gl.NVMMASharedLayout:
+    """Return how a tile lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), gl.float16)
+
+
+def hopper_descriptor(tensor: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """Describe tiles of an fp16 matrix to the tensor memory accelerator."""
+    return TensorDescriptor.from_tensor(tensor, list(block), _tile_layout(block))
 
 
 # Tiles whose D Q is added up in one accumulator; see ``update``.
