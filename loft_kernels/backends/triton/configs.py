@@ -45,7 +45,8 @@ _HOPPER_SHARED = 227 * 1024 - 1024
 # Of `update_hopper`: registers leave room for four or three programs on a multiprocessor; and of
 # `update_hopper_wide`: one program fills the shared memory.
 _HOPPER_TILES = {
-    8: UpdateTile(64, 64, 4, 3, 128),
+    4: UpdateTile(64, 64, 4, 4, 128),
+    8: UpdateTile(64, 64, 4, 4, 168),
     16: UpdateTile(64, 64, 4, 3, 168),
     32: UpdateTile(128, 128, 8, 4),
     64: UpdateTile(128, 128, 8, 5),
@@ -75,7 +76,7 @@ def operand_rows(rank: int) -> int:
 
 def hopper_tile(rank: int) -> UpdateTile:
     """Return the tile of the hot loop on compute capability 9.0, as deep as memory allows."""
-    tile = _HOPPER_TILES[max(8, 1 << (rank - 1).bit_length())]
+    tile = _HOPPER_TILES[max(4, 1 << (rank - 1).bit_length())]
     if resident(rank):
         return tile
     columns = packing(rank)
@@ -125,7 +126,7 @@ class MomentTile:
 # the backend asks for a newer one.
 _MOMENT_TILES = {
     4: MomentTile(512, 64, 64, 64, 16, 4, 128),
-    8: MomentTile(512, 32, 16, 16, 64, 4, 128),
+    8: MomentTile(512, 32, 16, 16, 64, 2),
     16: MomentTile(128, 32, 8, 16, 128, 4, 128),
     32: MomentTile(64, 32, 2, 16, 128, 2),
     64: MomentTile(16, 16, 1, 16, 256, 4),

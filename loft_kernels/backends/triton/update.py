@@ -268,6 +268,7 @@ def _update_kernel(
         FLUSH: tl.constexpr = 2 if EXACT else 8
         acc = tl.zeros((BLOCK_M, R), tl.float32)
         projected = tl.zeros((BLOCK_M, R), tl.float32)
+        rest = tl.zeros((BLOCK_M, R), tl.float32)  # what rounding took from projected
         for j in range(0, partner_rows.to(tl.int32), BLOCK_N):
             q = halves.load([o_partner + j, PRODUCTS])
             m_tile = tl.dot(m_high, tl.trans(q), input_precision=PRECISION)
@@ -295,9 +296,16 @@ def _update_kernel(
                     dot = tl.dot(rows_of, tl.trans(product), dot, input_precision=PRECISION)
             d = _entries(m_tile, dot, a, floor, eps, EXACT, ASM)
             keep = tl.where((j // BLOCK_N) % FLUSH == 0, 0.0, 1.0)
-            projected += acc * (1.0 - keep)
+            part = acc * (1.0 - keep)
+            if EXACT:
+                total = projected + part
+                added = total - projected
+                rest += (projected - (total - added)) + (part - added)
+                projected = total
+            else:
+                projected += part
             acc = tl.dot(d, q, acc * keep, input_precision=PRECISION)
-        projected += acc
+        projected += acc + rest
 
         # In fp64, because L^+ carries the partner's condition.
         o_r = tl.arange(0, R)
