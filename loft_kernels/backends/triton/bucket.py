@@ -77,7 +77,9 @@ class Bucket:
             tile = configs.update_tile(plan.capability, self.rank)
         self.layout = plan.layout(key, pairs, tile)
         self.sides = 2 * len(pairs)
-        self._host_table = tables.address_rows(pairs, configs.CHUNK_ROWS, self.layout.places)
+        self._host_table = tables.address_rows(
+            pairs, configs.row_tile(self.rank).chunk, self.layout.places
+        )
         self._moving: Moving | None = None
         self._values: list[float] = []
         self._launch = Launcher()
@@ -129,7 +131,7 @@ class Bucket:
     def measure(self) -> None:
         """Gram products, then per side the inverse, the transition and the norm."""
         empty = partial(torch.empty, device=self.device)
-        tiles = self.layout.row_tiles
+        tiles, tile = self.layout.row_tiles, configs.row_tile(self.rank)
         square = (self.sides, self.width, self.width)
         partial_sums = empty((len(tiles), 3, self.width, self.width), dtype=torch.float64)
         self.inverse = empty(square, dtype=torch.float64)
@@ -142,12 +144,12 @@ class Bucket:
             lambda: Launch(
                 _gram_kernel,
                 len(tiles),
-                {"num_warps": 4},
+                {"num_warps": tile.warps},
                 {
                     "tiles_ptr": tiles,
                     "rank": self.rank,
-                    "CHUNK": configs.CHUNK_ROWS,
-                    "BLOCK_N": 32,
+                    "CHUNK": tile.chunk,
+                    "BLOCK_N": tile.block,
                     "R": self.width,
                     "PARAM_DTYPE": DTYPES[self.param_dtype],
                     "GRAD_DTYPE": DTYPES[self.grad_dtype],
@@ -186,6 +188,7 @@ class Bucket:
         count_skips: bool,
     ) -> None:
         """Take the decision of the step and replace the bases."""
+        tile = configs.row_tile(self.rank)
         moving = {
             "table_ptr": self.table,
             "hyper_ptr": self.hyper,
@@ -203,13 +206,13 @@ class Bucket:
             lambda: Launch(
                 _basis_kernel,
                 len(self.layout.row_tiles),
-                {"num_warps": 4},
+                {"num_warps": tile.warps},
                 {
                     "tiles_ptr": self.layout.row_tiles,
                     "all_sides": len(all_numbers),
                     "rank": self.rank,
-                    "CHUNK": configs.CHUNK_ROWS,
-                    "BLOCK_N": 32,
+                    "CHUNK": tile.chunk,
+                    "BLOCK_N": tile.block,
                     "R": self.width,
                     "SIDES": triton.next_power_of_2(len(all_numbers)),
                     "COUNT_SKIPS": count_skips,
@@ -276,7 +279,13 @@ class Bucket:
         }
         self._launch(
             ("operands", index),
-            {**common, "partner_ptr": partner, "residual_ptr": residual, "centre_ptr": centre},
+            {
+                **common,
+                "pairs_ptr": self.pair_table,
+                "partner_ptr": partner,
+                "residual_ptr": residual,
+                "centre_ptr": centre,
+            },
             lambda: Launch(
                 _operands_kernel,
                 len(part.operand_tiles),

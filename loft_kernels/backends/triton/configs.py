@@ -13,8 +13,25 @@ MAX_RANK = 64
 PADDED_ROWS = 128
 
 
-# Rows that one program of the row-wise kernels (gram, basis) reduces or writes.
-CHUNK_ROWS = 1024
+@dataclass(frozen=True, slots=True)
+class RowTile:
+    """Tile of the row-wise kernels (gram, basis): rows of a program, rows at a time, warps."""
+
+    chunk: int
+    block: int
+    warps: int
+
+
+_ROW_TILES = {
+    16: RowTile(1024, 32, 4),
+    32: RowTile(1024, 32, 4),
+    64: RowTile(1024, 32, 4),
+}
+
+
+def row_tile(rank: int) -> RowTile:
+    """Return the tile of `gram` and `basis` for a rank."""
+    return _ROW_TILES[padded_rank(rank)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +88,7 @@ def update_tile(capability: int, rank: int) -> UpdateTile:
 
 def operand_rows(rank: int) -> int:
     """Return the rows of a tile of `operands`: few, where P is to stay cached between its reads."""
-    return 32 if rank <= 8 else 8
+    return 128 if resident(rank) else 8
 
 
 def hopper_tile(rank: int) -> UpdateTile:

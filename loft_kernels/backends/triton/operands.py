@@ -3,8 +3,9 @@
 For every partner row j: the products ``(tau Q_j)_i (tau Q_j)_k`` in the order of packed entries,
 and the halves of ``tau Q_j``, in fp16. For every row of the moving factor, above rank 16: the
 centred second moment ``sigma^2 R`` (up to rank 16 it stays in the registers of ``update``). P is
-read twice there, the second time from the cache. Rows of the triangle are contiguous, so both are
-written row of the triangle by row, without gathers.
+read twice there, the second time from the cache. Rows of the triangle are contiguous, so above rank
+16 both are written row of the triangle by row, without gathers; up to rank 16 the two factors of a
+product are picked out of a block of rows by products with 0 and 1 on the tensor cores.
 
 tau, a power of two near sqrt(partner rows / r), and sigma put the numbers into fp16's range; D
 does not notice. Off-diagonal entries stand once and count twice, which is put into R. The small
@@ -127,11 +128,83 @@ def _clear_padding(out_ptr, o_row, width, packed, PRODUCTS: tl.constexpr, DTYPE:
 
 
 @triton.jit
+def _select(x, o_pair, live, EXACT: tl.constexpr):
+    """Return column o_pair[k] of x in column k, zero where not live: a product with 0 and 1."""
+    o_r = tl.arange(0, x.shape[1])
+    chosen = (o_r[:, None] == o_pair[None, :]) & live[None, :]
+    if EXACT:
+        picked = tl.dot(x, tl.where(chosen, 1.0, 0.0), input_precision="ieee")
+    else:
+        # Two halves hold 22 bits, and only one of the products is not zero.
+        high = x.to(tl.float16)
+        chosen = tl.where(chosen, 1.0, 0.0).to(tl.float16)
+        picked = tl.dot((x - high.to(tl.float32)).to(tl.float16), chosen)
+        picked = tl.dot(high, chosen, picked)
+    return picked
+
+
+@triton.jit
+def _select_products(
+    q_ptr,
+    out_ptr,
+    pairs_ptr,
+    o_row,
+    live,
+    rank,
+    tau,
+    R: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Write the packed products of a block of rows, 16 columns at a time, as two selections."""
+    EXACT: tl.constexpr = tl.float32 == DTYPE
+    o_r = tl.arange(0, R)
+    mask = live[:, None] & (o_r < rank)[None, :]
+    q = tl.load(q_ptr + (o_row[:, None] * rank + o_r[None, :]), mask=mask, other=0.0) * tau
+    packed = (rank * (rank + 1)) // 2
+    for first in tl.static_range(0, PRODUCTS, 16):
+        o_k = first + tl.arange(0, 16)
+        i, j = pair_of(pairs_ptr, o_k, packed)
+        products = _select(q, i, o_k < packed, EXACT) * _select(q, j, o_k < packed, EXACT)
+        tl.store(out_ptr + (o_row[:, None] * WIDTH + o_k[None, :]), products.to(DTYPE))
+
+
+@triton.jit
+def _stream_products(
+    q_ptr,
+    out_ptr,
+    o_row,
+    live,
+    rank,
+    tau,
+    N: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Write the packed products of a block of rows, row of the triangle by row."""
+    o_j = tl.arange(0, N)
+    q_ptrs = q_ptr + o_row * rank
+    mask = live[:, None] & (o_j < rank)[None, :]
+    q = tl.load(q_ptrs[:, None] + o_j[None, :], mask=mask, other=0.0) * (tau * tau)
+    # Row i of the triangle: its entries (i, i) .. (i, r - 1) are contiguous.
+    o_out = o_row[:, None] * WIDTH + o_j[None, :]
+    for i in range(0, rank):
+        q_i = tl.load(q_ptrs + i, mask=live, other=0.0)
+        products = (q_i[:, None] * q).to(DTYPE)
+        tl.store(out_ptr + o_out, products, mask=((o_j >= i) & (o_j < rank))[None, :])
+        o_out += rank - 1 - i
+    _clear_padding(out_ptr, o_row, WIDTH, (rank * (rank + 1)) // 2, PRODUCTS, DTYPE)
+
+
+@triton.jit
 def _write_partner(
     row_ptr,
     start,
     partner_rows,
     out_ptr,
+    pairs_ptr,
     rank,
     BLOCK: tl.constexpr,
     N: tl.constexpr,
@@ -145,20 +218,15 @@ def _write_partner(
     basis = tl.load(row_ptr + PARTNER_BASIS)
     q_ptr = basis.to(tl.pointer_type(tl.float32)) + start * rank
     o_row, rows = tl.arange(0, BLOCK), (partner_rows - start).to(tl.int32)
-    live, o_j = o_row < rows, tl.arange(0, N)
+    live = o_row < rows
     tau = scale_of(partner_rows, rank)
     out_ptr += (tl.load(row_ptr + PARTNER_ROW) + start) * WIDTH
-    q_ptrs = q_ptr + o_row * rank
-    mask = live[:, None] & (o_j < rank)[None, :]
-    q = tl.load(q_ptrs[:, None] + o_j[None, :], mask=mask, other=0.0) * (tau * tau)
-    # Row i of the triangle: its entries (i, i) .. (i, r - 1) are contiguous.
-    o_out = o_row[:, None] * WIDTH + o_j[None, :]
-    for i in range(0, rank):
-        q_i = tl.load(q_ptrs + i, mask=live, other=0.0)
-        products = (q_i[:, None] * q).to(DTYPE)
-        tl.store(out_ptr + o_out, products, mask=((o_j >= i) & (o_j < rank))[None, :])
-        o_out += rank - 1 - i
-    _clear_padding(out_ptr, o_row, WIDTH, (rank * (rank + 1)) // 2, PRODUCTS, DTYPE)
+    if R == 16:
+        _select_products(
+            q_ptr, out_ptr, pairs_ptr, o_row, live, rank, tau, R, PRODUCTS, WIDTH, DTYPE
+        )
+    else:
+        _stream_products(q_ptr, out_ptr, o_row, live, rank, tau, N, PRODUCTS, WIDTH, DTYPE)
     o_col = tl.arange(0, R)
     high, low, part = load_half(q_ptr, o_row, rows, o_col, rank, tau, SPLIT, DTYPE)
     out = out_ptr + o_row[:, None] * WIDTH + PRODUCTS + o_col[None, :]
@@ -231,6 +299,7 @@ def _operands_kernel(
     tiles_ptr,
     decision_ptr,
     numbers_ptr,
+    pairs_ptr,
     partner_ptr,
     residual_ptr,
     centre_ptr,
@@ -257,6 +326,7 @@ def _operands_kernel(
                 start,
                 partner_rows,
                 partner_ptr,
+                pairs_ptr,
                 rank,
                 BLOCK,
                 N,

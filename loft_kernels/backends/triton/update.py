@@ -296,14 +296,14 @@ def _update_kernel(
                     dot = tl.dot(rows_of, tl.trans(product), dot, input_precision=PRECISION)
             d = _entries(m_tile, dot, a, floor, eps, EXACT, ASM)
             keep = tl.where((j // BLOCK_N) % FLUSH == 0, 0.0, 1.0)
-            part = acc * (1.0 - keep)
+            flushed = acc * (1.0 - keep)
             if EXACT:
-                total = projected + part
+                total = projected + flushed
                 added = total - projected
-                rest += (projected - (total - added)) + (part - added)
+                rest += (projected - (total - added)) + (flushed - added)
                 projected = total
             else:
-                projected += part
+                projected += flushed
             acc = tl.dot(d, q, acc * keep, input_precision=PRECISION)
         projected += acc + rest
 
