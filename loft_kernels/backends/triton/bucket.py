@@ -281,7 +281,7 @@ class Bucket:
             ("operands", index),
             {
                 **common,
-                "pairs_ptr": self.pair_table,
+                "hyper_ptr": self.hyper,
                 "partner_ptr": partner,
                 "residual_ptr": residual,
                 "centre_ptr": centre,
@@ -292,6 +292,7 @@ class Bucket:
                 {"num_warps": 4},
                 {
                     "tiles_ptr": part.operand_tiles,
+                    "pairs_ptr": self.pair_table,
                     "rank": self.rank,
                     "BLOCK": configs.operand_rows(self.rank),
                     "N": configs.narrow_rank(self.rank),

@@ -24,8 +24,8 @@ class RowTile:
 
 # Measured on one NVIDIA H200.
 _ROW_TILES = {
-    16: RowTile(512, 32, 1),
-    32: RowTile(1024, 32, 4),
+    16: RowTile(512, 16, 1),
+    32: RowTile(256, 32, 4),
     64: RowTile(256, 32, 4),
 }
 

@@ -22,6 +22,7 @@ from loft_kernels.backends.triton.tables import (
     BIAS2,
     BOUND,
     COLUMNS,
+    EPS,
     EXP_AVG,
     MOVES,
     NUMBERS,
@@ -75,8 +76,25 @@ def moment_entries(m_ptr, p_ptr, pairs_ptr, o_row, rows, o_k, rank, bias1, bias2
 
 
 @triton.jit
-def centre_of(p_sq, mpm, m_4):
-    """Return a and sigma^2 of each row from |P|_F^2, m P m^T and |m|^4.
+def unit_of(top):
+    """Return what brings the largest entry of P to 1, so that no square of it underflows."""
+    return tl.where(top > 1e-37, 1.0 / tl.where(top > 1e-37, top, 1.0), 1.0)
+
+
+@triton.jit
+def sums_of(p, m_m, weight, unit):
+    """Return |P|^2, m P m^T and |m|^4 over some packed entries, in units of P's top entry."""
+    p, m_m = p * unit[:, None], m_m * unit[:, None]
+    return (
+        tl.sum(weight * p * p, axis=1),
+        tl.sum(weight * p * m_m, axis=1),
+        tl.sum(weight * m_m * m_m, axis=1),
+    )
+
+
+@triton.jit
+def centre_of(unit, p_sq, mpm, m_4):
+    """Return a and sigma^2 of each row from |P|_F^2, m P m^T and |m|^4 in units of P's top entry.
 
     |R|_F^2 = |P|_F^2 - (m P m^T)^2 / |m|^4. Rounding limits it to about 3e-4 |P|_F; sigma is
     clamped there, which costs fp16 at most 11 bits of range and no accuracy.
@@ -84,8 +102,17 @@ def centre_of(p_sq, mpm, m_4):
     a = tl.where(m_4 > 0, mpm / tl.where(m_4 > 0, m_4, 1.0), 0.0)
     r_sq = tl.maximum(p_sq - a * mpm, p_sq * 2.384185791015625e-07)  # 2^-22
     sigma_sq = tl.where(r_sq > 0, tl.rsqrt(tl.where(r_sq > 0, r_sq, 1.0)), 1.0)
-    # A row whose squares underflow has v = 0 everywhere: eps alone decides, any sigma serves.
-    return a, tl.minimum(sigma_sq, 1e30)
+    # Where P underflows v = 0 everywhere: eps alone decides, any sigma serves.
+    return a, tl.minimum(sigma_sq * unit, 1e30)
+
+
+@triton.jit
+def shrink_of(eps):
+    """Return what the denominators of a row are multiplied by: 1, or less under a large eps.
+
+    D = m~ / eps would leave fp16's range where eps, in units of a row, is far above sqrt(v).
+    """
+    return tl.minimum(1.0, 4096.0 / tl.maximum(eps, 1.0))
 
 
 @triton.jit
@@ -241,7 +268,9 @@ def _write_partner(
 def _write_residual(
     row_ptr,
     number_ptr,
+    hyper_ptr,
     start,
+    partner_rows,
     out_ptr,
     centre_ptr,
     rank,
@@ -262,19 +291,28 @@ def _write_residual(
     mask = live[:, None] & (o_j < rank)[None, :]
     m_ptrs = m_ptr + o_row * rank
     m = tl.load(m_ptrs[:, None] + o_j[None, :], mask=mask, other=0.0) * unbias1
+    # P is positive semidefinite: its largest entry stands on the diagonal.
+    o_diagonal = o_row[:, None] * packed + (o_j * rank - (o_j * (o_j - 1)) // 2)[None, :]
+    diagonal = tl.load(p_ptr + o_diagonal, mask=mask, other=0.0)
+    unit = unit_of(tl.max(diagonal, axis=1) * unbias2)
+    p_scale, m_scale = (unbias2 * unit)[:, None], tl.sqrt(unit)
     p_sq = tl.zeros((BLOCK, N), tl.float32)
     mpm = tl.zeros((BLOCK, N), tl.float32)
     o_p = o_row[:, None] * packed + o_j[None, :]
     for i in range(0, rank):
-        m_i = tl.load(m_ptrs + i, mask=live, other=0.0) * unbias1
-        p = tl.load(p_ptr + o_p, mask=mask & (o_j >= i)[None, :], other=0.0) * unbias2
+        m_i = tl.load(m_ptrs + i, mask=live, other=0.0) * (unbias1 * unit)
+        p = tl.load(p_ptr + o_p, mask=mask & (o_j >= i)[None, :], other=0.0) * p_scale
         weighted = p * tl.where(o_j == i, 1.0, 2.0)[None, :]
         p_sq += weighted * p
         mpm += weighted * (m_i[:, None] * m)
         o_p += rank - 1 - i
-    m_sq = tl.sum(m * m, axis=1)
-    a, sigma_sq = centre_of(tl.sum(p_sq, axis=1), tl.sum(mpm, axis=1), m_sq * m_sq)
-    counts = sigma_sq * residual_weight(number_ptr)
+    m_unit = m * m_scale[:, None]
+    m_sq = tl.sum(m_unit * m_unit, axis=1)
+    tau = scale_of(partner_rows, rank)
+    p_sq, mpm = tl.sum(p_sq, axis=1), tl.sum(mpm, axis=1)
+    a, sigma_sq = centre_of(unit, p_sq, mpm, m_sq * m_sq)
+    shrink = shrink_of(tl.load(hyper_ptr + EPS).to(tl.float32) * tau * tl.sqrt(sigma_sq))
+    counts = sigma_sq * shrink * shrink * residual_weight(number_ptr)
     first_row = tl.load(row_ptr + RESIDUAL_ROW) + start
     tl.store(centre_ptr + 2 * (first_row + o_row), a)
     tl.store(centre_ptr + 2 * (first_row + o_row) + 1, sigma_sq)
@@ -297,6 +335,7 @@ def _write_residual(
 def _operands_kernel(
     table_ptr,
     tiles_ptr,
+    hyper_ptr,
     decision_ptr,
     numbers_ptr,
     pairs_ptr,
@@ -319,8 +358,8 @@ def _operands_kernel(
     row_ptr = table_ptr + side * COLUMNS
     number_ptr = numbers_ptr + side * NUMBERS
     if (tl.load(number_ptr + MOVES) != 0) & (tl.load(decision_ptr + SKIP) == 0):
+        partner_rows = tl.load(table_ptr + (side ^ 1) * COLUMNS + ROWS)
         if of_partner != 0:
-            partner_rows = tl.load(table_ptr + (side ^ 1) * COLUMNS + ROWS)
             _write_partner(
                 row_ptr,
                 start,
@@ -340,7 +379,9 @@ def _operands_kernel(
             _write_residual(
                 row_ptr,
                 number_ptr,
+                hyper_ptr,
                 start,
+                partner_rows,
                 residual_ptr,
                 centre_ptr,
                 rank,

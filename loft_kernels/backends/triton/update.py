@@ -28,6 +28,9 @@ from loft_kernels.backends.triton.operands import (
     moment_entries,
     residual_weight,
     scale_of,
+    shrink_of,
+    sums_of,
+    unit_of,
 )
 from loft_kernels.backends.triton.tables import (
     BIAS1,
@@ -90,7 +93,7 @@ def two_entries(m, v, eps):
 def guarded(m, dot, a, floor):
     """Return v: the centred sum, held at or above m~^2 / bound, and above 0."""
     m_sq = m * m
-    return tl.maximum(a[:, None] * m_sq + dot, m_sq * floor + 1e-37)
+    return tl.maximum(a[:, None] * m_sq + dot, m_sq * floor[:, None] + 1e-37)
 
 
 @triton.jit
@@ -153,6 +156,7 @@ def _residual_rows(
     bias1,
     bias2,
     counts,
+    eps,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -161,20 +165,22 @@ def _residual_rows(
     o_k = tl.arange(0, MAIN)
     p, m_m, weight = moment_entries(m_ptr, p_ptr, pairs_ptr, o_row, rows, o_k, rank, bias1, bias2)
     weight = weight[None, :]
-    p_sq = tl.sum(weight * p * p, axis=1)
-    mpm = tl.sum(weight * p * m_m, axis=1)
-    m_4 = tl.sum(weight * m_m * m_m, axis=1)
+    top = tl.max(tl.abs(p), axis=1)
     if TAIL > 0:
         o_t = MAIN + tl.arange(0, TAIL)
         p_t, m_m_t, weight_t = moment_entries(
             m_ptr, p_ptr, pairs_ptr, o_row, rows, o_t, rank, bias1, bias2
         )
         weight_t = weight_t[None, :]
-        p_sq += tl.sum(weight_t * p_t * p_t, axis=1)
-        mpm += tl.sum(weight_t * p_t * m_m_t, axis=1)
-        m_4 += tl.sum(weight_t * m_m_t * m_m_t, axis=1)
-    a, sigma_sq = centre_of(p_sq, mpm, m_4)
-    counts *= sigma_sq[:, None]
+        top = tl.maximum(top, tl.max(tl.abs(p_t), axis=1))
+    unit = unit_of(top)
+    p_sq, mpm, m_4 = sums_of(p, m_m, weight, unit)
+    if TAIL > 0:
+        more = sums_of(p_t, m_m_t, weight_t, unit)
+        p_sq, mpm, m_4 = p_sq + more[0], mpm + more[1], m_4 + more[2]
+    a, sigma_sq = centre_of(unit, p_sq, mpm, m_4)
+    shrink = shrink_of(eps * tl.sqrt(sigma_sq))
+    counts *= (shrink * shrink * sigma_sq)[:, None]
     main = ((p - a[:, None] * m_m) * (counts * weight)).to(DTYPE)
     tail = main
     if TAIL > 0:
@@ -232,6 +238,7 @@ def _update_kernel(
         tau = scale_of(partner_rows, rank)
 
         # The rows' operands: sigma m in two halves, and the residual.
+        eps = tl.load(hyper_ptr + EPS).to(tl.float32) * tau
         if RESIDENT:
             a, sigma_sq, r_main, r_tail = _residual_rows(
                 m_ptr,
@@ -243,6 +250,7 @@ def _update_kernel(
                 bias1,
                 bias2,
                 counts,
+                eps,
                 MAIN,
                 TAIL,
                 OPERAND,
@@ -253,7 +261,8 @@ def _update_kernel(
             sigma_sq = tl.load(centre_ptr + 2 * (first + o_row) + 1)
             o_residual = first.to(tl.int32)
         sigma = tl.sqrt(sigma_sq)
-        eps = tl.load(hyper_ptr + EPS).to(tl.float32) * sigma * tau
+        shrink = shrink_of(eps * sigma)
+        a, floor, eps = a * shrink * shrink, floor * shrink * shrink, eps * sigma * shrink
         m_high, m_low, part = load_half(
             m_ptr, o_row, left, tl.arange(0, R), rank, sigma[:, None] / bias1, SPLIT, OPERAND
         )
@@ -311,7 +320,7 @@ def _update_kernel(
         o_r = tl.arange(0, R)
         inverse = tl.load(inverse_ptr + (side ^ 1) * R * R + o_r[:, None] * R + o_r[None, :])
         live = (o_r < rank)[None, :]
-        projected = tl.where(live, projected / tau, 0.0).to(tl.float64)
+        projected = tl.where(live, projected * (shrink / tau)[:, None], 0.0).to(tl.float64)
         direction = tl.dot(projected, inverse, out_dtype=tl.float64)
         move_rows(
             row_ptr,

@@ -31,6 +31,9 @@ from loft_kernels.backends.triton.operands import (
     moment_entries,
     residual_weight,
     scale_of,
+    shrink_of,
+    sums_of,
+    unit_of,
 )
 from loft_kernels.backends.triton.tables import (
     BIAS1,
@@ -198,28 +201,34 @@ def _update_hopper_kernel(
             m_ptr, p_ptr, pairs_ptr, o_row, left, o_k, rank, bias1, bias2
         )
         weight = weight[None, :]
-        p_sq = gl.sum(weight * p * p, axis=1)
-        mpm = gl.sum(weight * p * m_m, axis=1)
-        m_4 = gl.sum(weight * m_m * m_m, axis=1)
-        o_row16 = gl.arange(0, BLOCK_M, gl.SliceLayout(1, by_16))
+        top = gl.max(gl.abs(p), axis=1)
+        rowwise: gl.constexpr = gl.SliceLayout(1, by_main)
+        rowwise16: gl.constexpr = gl.SliceLayout(1, by_16)
+        o_row16 = gl.arange(0, BLOCK_M, rowwise16)
         o_16 = gl.arange(0, 16, gl.SliceLayout(0, by_16))
         if TAIL > 0:
             p_t, m_m_t, weight_t = moment_entries(
                 m_ptr, p_ptr, pairs_ptr, o_row16, left, MAIN + o_16, rank, bias1, bias2
             )
             weight_t = weight_t[None, :]
-            rowwise: gl.constexpr = gl.SliceLayout(1, by_main)
-            p_sq += gl.convert_layout(gl.sum(weight_t * p_t * p_t, axis=1), rowwise)
-            mpm += gl.convert_layout(gl.sum(weight_t * p_t * m_m_t, axis=1), rowwise)
-            m_4 += gl.convert_layout(gl.sum(weight_t * m_m_t * m_m_t, axis=1), rowwise)
-        a, sigma_sq = centre_of(p_sq, mpm, m_4)
-        counts = sigma_sq * residual_weight(numbers_ptr + side * NUMBERS)
+            top = gl.maximum(top, gl.convert_layout(gl.max(gl.abs(p_t), axis=1), rowwise))
+        unit = unit_of(top)
+        p_sq, mpm, m_4 = sums_of(p, m_m, weight, unit)
+        if TAIL > 0:
+            more = sums_of(p_t, m_m_t, weight_t, gl.convert_layout(unit, rowwise16))
+            p_sq += gl.convert_layout(more[0], rowwise)
+            mpm += gl.convert_layout(more[1], rowwise)
+            m_4 += gl.convert_layout(more[2], rowwise)
+        a, sigma_sq = centre_of(unit, p_sq, mpm, m_4)
+        eps = gl.load(hyper_ptr + EPS).to(gl.float32) * tau
+        shrink = shrink_of(eps * gl.sqrt(sigma_sq))
+        counts = sigma_sq * shrink * shrink * residual_weight(numbers_ptr + side * NUMBERS)
         r_main = (p - a[:, None] * m_m) * (counts[:, None] * weight)
         r_main = gl.convert_layout(r_main.to(gl.float16), left_wide)
-        a16 = gl.convert_layout(a, gl.SliceLayout(1, by_16))
-        sigma_sq16 = gl.convert_layout(sigma_sq, gl.SliceLayout(1, by_16))
+        a16 = gl.convert_layout(a, rowwise16)
+        sigma_sq16 = gl.convert_layout(sigma_sq, rowwise16)
         if TAIL > 0:
-            counts16 = gl.convert_layout(counts, gl.SliceLayout(1, by_16))
+            counts16 = gl.convert_layout(counts, rowwise16)
             r_tail = (p_t - a16[:, None] * m_m_t) * (counts16[:, None] * weight_t)
             r_tail = gl.convert_layout(r_tail.to(gl.float16), left_wide)
 
@@ -232,9 +241,10 @@ def _update_hopper_kernel(
             m_low = gl.where((part == 0)[None, :], m_low, gl.full_like(m_low, 0.0))
         m_high = gl.convert_layout(m_high, left_wide)
         m_low = gl.convert_layout(m_low, left_wide)
-        a = gl.convert_layout(a, gl.SliceLayout(1, wide))
-        sigma = gl.sqrt(gl.convert_layout(sigma_sq, gl.SliceLayout(1, wide)))
-        eps = gl.load(hyper_ptr + EPS).to(gl.float32) * sigma * tau
+        a = gl.convert_layout(a * shrink * shrink, gl.SliceLayout(1, wide))
+        floor = gl.convert_layout(floor * shrink * shrink, gl.SliceLayout(1, wide))
+        eps = gl.convert_layout(eps * gl.sqrt(sigma_sq) * shrink, gl.SliceLayout(1, wide))
+        shrink = gl.convert_layout(shrink, gl.SliceLayout(1, narrow))
 
         s_main = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, MAIN], main.layout)
         s_high = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, R], halves.layout)
@@ -321,6 +331,7 @@ def _update_hopper_kernel(
                 d = gl.convert_layout(d, left_narrow)
                 acc = warpgroup_mma(d, q, acc, is_async=True)
             projected += warpgroup_mma_wait(0, deps=[acc])
+        projected *= shrink[:, None]
         for b in gl.static_range(4):
             for stage in gl.static_range(STAGES):
                 mbarrier.invalidate(bars[b].index(stage))

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from loft_kernels.backends.triton.operands import load_half, scale_of
+from loft_kernels.backends.triton.operands import load_half, scale_of, shrink_of
 from loft_kernels.backends.triton.tables import (
     BIAS1,
     BOUND,
@@ -163,10 +163,12 @@ def _update_hopper_wide_kernel(
         # The rows' operands: sigma m in two halves.
         centre_ptr += 2 * first
         o_row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, wide))
-        a = gl.load(centre_ptr + 2 * o_row)
         eps = gl.sqrt(gl.load(centre_ptr + 2 * o_row + 1))
         eps = eps * gl.load(hyper_ptr + EPS).to(gl.float32) * tau
+        shrink = shrink_of(eps)
+        a = gl.load(centre_ptr + 2 * o_row) * shrink * shrink
         floor = (1.0 / gl.load(numbers_ptr + side * NUMBERS + BOUND)).to(gl.float32)
+        floor, eps = floor * shrink * shrink, eps * shrink
         bias1 = gl.load(numbers_ptr + side * NUMBERS + BIAS1).to(gl.float32)
         m_ptr = gl.load(row_ptr + EXP_AVG).to(gl.pointer_type(gl.float32)) + start * rank
         o_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, by_tile))
@@ -238,6 +240,7 @@ def _update_hopper_wide_kernel(
                 d = two_entries(m_tile, v, tl.broadcast_to(eps[:, None], m_tile.shape))
                 acc = warpgroup_mma(gl.convert_layout(d, left_narrow), q, acc, is_async=True)
             projected += warpgroup_mma_wait(0, deps=[acc])
+        projected *= gl.convert_layout(shrink, gl.SliceLayout(1, narrow))[:, None]
         for stage in gl.static_range(STAGES):
             mbarrier.invalidate(full.index(stage))
             mbarrier.invalidate(residual_full.index(stage))
