@@ -1,0 +1,81 @@
+"""What a number was measured on, and where rows of numbers go."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterable
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@cache
+def _git(*words: str) -> str | None:
+    """Ask git about the working tree; None where there is no history or no git."""
+    try:
+        asked = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return asked.stdout.strip() if asked.returncode == 0 else None
+
+
+@cache
+def _driver() -> str | None:
+    """Return the version of the GPU's driver, as its own tool prints it."""
+    try:
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return None
+    lines = asked.stdout.split()
+    return lines[0] if asked.returncode == 0 and lines else None
+
+
+def _version(package: str) -> str | None:
+    """Return the version of an installed package, imported or not."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """Describe what a number was measured on.
+
+    A copy of the tree, without its history or with an older one, is told by ``LOFT_COMMIT`` which
+    commit it is; nothing then says whether it was changed, and ``dirty`` is None.
+    """
+    told = os.environ.get("LOFT_COMMIT")
+    changes = None if told else _git("status", "--porcelain", "--untracked-files=no")
+    cuda = torch.cuda.is_available()
+    return {
+        "commit": told or _git("rev-parse", "--short", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "driver": _driver() if cuda else None,
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def append(rows: Iterable[dict[str, Any]], out: Path | None) -> None:
+    """Print rows as JSON lines and append them to a file, if one is given."""
+    lines = [json.dumps(row) for row in rows]
+    for line in lines:
+        print(line, flush=True)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a") as file:
+            file.writelines(line + "\n" for line in lines)
