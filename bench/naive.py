@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -90,6 +91,19 @@ def move(
     return factor - (lr / scaling) * (step @ partner @ gram_inv)
 
 
+@cache
+def _compiled(rank: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Compile both halves for one rank; every call looks through what was compiled before."""
+    del rank
+    torch._dynamo.reset()
+    # Every shape is a compilation of its own; past the limit fullgraph makes it an error.
+    torch._dynamo.config.recompile_limit = 64
+    return (
+        torch.compile(observe, dynamic=False, fullgraph=True),
+        torch.compile(move, dynamic=False, fullgraph=True),
+    )
+
+
 class NaiveLoFT(torch.optim.Optimizer):
     """LoFT's step, pair by pair; B and A move in turns, B first.
 
@@ -119,11 +133,7 @@ class NaiveLoFT(torch.optim.Optimizer):
         self._observe: Callable[..., Any] = observe
         self._move: Callable[..., Any] = move
         if compiled:
-            # Every shape is a compilation of its own; past the limit fullgraph makes it an error.
-            torch._dynamo.reset()
-            torch._dynamo.config.recompile_limit = 64
-            self._observe = torch.compile(observe, dynamic=False, fullgraph=True)
-            self._move = torch.compile(move, dynamic=False, fullgraph=True)
+            self._observe, self._move = _compiled(self.pairs[0].b.shape[1])
         factors = [p for pair in self.pairs for p in (pair.b, pair.a)]
         super().__init__(factors, {"lr": lr, "betas": betas, "eps": eps})
         for pair in self.pairs:
