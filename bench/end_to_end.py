@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import loft_kernels as lk
 from bench.contenders import CONTENDERS, parity
 from bench.naive import NaiveLoFT, NaivePair
-from bench.record import append, environment
+from bench.record import append, command, environment
 from bench.run import clear
 from bench.timing import quantiles
 
@@ -207,6 +207,7 @@ def compare(args: argparse.Namespace) -> None:
     tokens = torch.randint(args.vocab, (args.batch, args.length), generator=rng).to(args.device)
     about = {
         "bench": "end-to-end",
+        "command": args.command,
         **{k: getattr(args, k) for k in ("layers", "hidden", "rank", "batch", "length", "seed")},
         "device": args.device,
         "adapter_dtype": str(factors[0].dtype).removeprefix("torch."),
@@ -245,6 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
     args = parser.parse_args(argv)
+    args.command = command("end-to-end", argv)
     unknown = set(args.optimizers.split(",")) - OPTIMIZERS.keys()
     if unknown:
         parser.error(f"--optimizers: {', '.join(sorted(unknown))} unknown")

@@ -19,7 +19,7 @@ import torch
 import loft_kernels as lk
 from bench.contenders import CONTENDERS, parity
 from bench.problem import Adapters
-from bench.record import append, environment
+from bench.record import append, command, environment
 
 BACKENDS = ("cpu", "reference")
 
@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
     args = parser.parse_args(argv)
+    args.command = command("host", argv)
     torch.set_num_threads(args.threads)
     shapes = [(args.size, args.size)]
     for rank in map(int, args.ranks.split(",")):
@@ -73,7 +74,12 @@ def main(argv: list[str] | None = None) -> None:
         # The first step makes the state and the threads' working memory: measured at its full size.
         extra = {name: peak_extra_bytes(*run) for name, run in runs.items()}
         medians = {k: statistics.median(v) for k, v in timed(runs, args.steps).items()}
-        row: dict[str, Any] = {"bench": "host", "size": args.size, "rank": rank}
+        row: dict[str, Any] = {
+            "bench": "host",
+            "command": args.command,
+            "size": args.size,
+            "rank": rank,
+        }
         row |= {"steps": args.steps, "median_ms": medians}
         row["speedup"] = medians["reference"] / medians["cpu"]
         state = sum(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -58,6 +60,7 @@ def environment() -> dict[str, Any]:
     changes = None if told else _git("status", "--porcelain", "--untracked-files=no")
     cuda = torch.cuda.is_available()
     return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": told or _git("rev-parse", "--short", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "torch": torch.__version__,
@@ -68,6 +71,17 @@ def environment() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
+
+
+def command(name: str, words: Sequence[str] | None) -> str:
+    """Write down the command that a row comes from, less where it was written to."""
+    kept, left = ["python", "-m", "bench", name], iter(words or ())
+    for word in left:
+        if word == "--out":
+            next(left, None)
+        elif not word.startswith("--out="):
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def append(rows: Iterable[dict[str, Any]], out: Path | None) -> None:

@@ -20,7 +20,7 @@ import loft_kernels as lk
 from bench import timing
 from bench.cases import SHAPE_SETS
 from bench.problem import Adapters
-from bench.record import append, environment
+from bench.record import append, command, environment
 from bench.run import clear
 from bench.work import STAGES, Work, work_of
 
@@ -162,10 +162,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
     args = parser.parse_args(argv)
+    args.command = command("roofline", argv)
     sizes = dict(LARGE if args.device == "cuda" else SMALL)
     if args.gemm:
         sizes["gemm"] = args.gemm
-    about = {"bench": "roofline", "device": args.device, "seed": args.seed, **environment()}
+    about = {
+        "bench": "roofline",
+        "command": args.command,
+        "device": args.device,
+        "seed": args.seed,
+        **environment(),
+    }
     tops = ceilings(args.device, args.repeats, sizes)
     append([{"ceilings": tops, "sizes": sizes, **about}], args.out)
     clear()

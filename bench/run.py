@@ -23,7 +23,7 @@ from bench import timing
 from bench.cases import SHAPE_SETS
 from bench.contenders import CONTENDERS, Contender, bytes_needed, parity
 from bench.problem import Adapters
-from bench.record import append, environment
+from bench.record import append, command, environment
 
 __all__ = ["environment", "main"]  # the first for what measures other things
 
@@ -75,6 +75,7 @@ def row_of(
     """Measure one row; running out of memory is a result, too."""
     row: dict[str, Any] = {
         "bench": "run",
+        "command": args.command,
         "shapes": args.shapes,
         "layers": args.layers,
         "device": args.device,
@@ -122,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
     args = parser.parse_args(argv)
+    args.command = command("run", argv)
     unknown = set(args.backends.split(",")) - CONTENDERS.keys()
     if unknown:
         parser.error(f"--backends: {', '.join(sorted(unknown))} unknown")
