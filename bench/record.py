@@ -75,7 +75,10 @@ def environment() -> dict[str, Any]:
 
 def command(name: str, words: Sequence[str] | None) -> str:
     """Write down the command that a row comes from, less where it was written to."""
+    policy = os.environ.get("OMP_WAIT_POLICY")
     kept, left = ["python", "-m", "bench", name], iter(words or ())
+    if policy:
+        kept.insert(0, f"OMP_WAIT_POLICY={policy}")
     for word in left:
         if word == "--out":
             next(left, None)
