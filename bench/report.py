@@ -173,8 +173,8 @@ def _host_sentence(rows: list[Row]) -> str:
     memory = max(row["first_step_peak_extra_bytes"]["cpu"] for row in rows)
     return (
         f"On {machine(first)}, one {first['size']} x {first['size']} pair, fp32, median of "
-        f"{first['steps']} steps that take turns: {times}. A step adds {size(memory)} to the "
-        f"process at most, its state included. {provenance(rows)}"
+        f"{first['steps']} steps that take turns: {times}. A first step in C++ added up "
+        f"to {size(memory)} to the process, its state included. {provenance(rows)}"
     )
 
 
