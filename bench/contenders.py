@@ -165,7 +165,8 @@ def parity(
         for opt in opts:
             if k == contender.history:
                 # Rounding X - lr * update is no error of the update.
-                opt.param_groups[0]["lr"] = 1.0
+                for group in opt.param_groups:
+                    group["lr"] = 1.0
             opt.step()
         if k >= contender.history:
             moves = zip(model.parameters(), exact.parameters(), before, strict=True)

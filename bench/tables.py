@@ -137,7 +137,7 @@ def losses(rows: list[Row]) -> list[str]:
     sorted_rows = by_rank(rows)
     own = sorted_rows.get("triton") or sorted_rows.get("cpu") or {}
     said = []
-    for name, found in sorted_rows.items():
+    for found in sorted_rows.values():
         ratios = {
             rank: own[rank]["ms"]["mean"] / row["ms"]["mean"]
             for rank, row in found.items()
@@ -146,9 +146,8 @@ def losses(rows: list[Row]) -> list[str]:
         slower = {rank: ratio for rank, ratio in ratios.items() if ratio > 1}
         if slower:
             times = ", ".join(f"{number(v)} at r={rank}" for rank, v in sorted(slower.items()))
-            said.append(
-                f"Faster than LoFT's step: {CONTENDERS[name].about}, by factors of {times}."
-            )
+            rival = label(next(iter(found.values())))
+            said.append(f"Faster than LoFT's step: {rival}, by factors of {times}.")
     for row in rows:
         if reason := row.get("skipped") or row.get("error"):
             said.append(f"Not timed: {label(row)} at r={row['rank']}: {reason}.")
