@@ -179,6 +179,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "device": args.device,
         "worst_relative_difference": worst,
         "limit": LIMIT,
+        "seed": 0,
         "ok": max(worst.values()) <= LIMIT,
         "curves": curves,
         **environment(),

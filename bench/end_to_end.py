@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import loft_kernels as lk
 from bench.contenders import CONTENDERS, parity
 from bench.naive import NaiveLoFT, NaivePair
-from bench.record import append, command, environment
+from bench.record import append, command, environment, even, progress
 from bench.run import clear
 from bench.timing import quantiles
 
@@ -212,7 +212,7 @@ def compare(args: argparse.Namespace) -> None:
         "device": args.device,
         "adapter_dtype": str(factors[0].dtype).removeprefix("torch."),
     }
-    for name in args.optimizers.split(","):
+    for name in progress(args.optimizers.split(","), "end-to-end"):
         with torch.no_grad():
             for p, value in zip(factors, start, strict=True):
                 p.copy_(value)
@@ -239,8 +239,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=10, help="an even number")
-    parser.add_argument("--baseline-steps", type=int, default=2, help="of the naive loop")
+    parser.add_argument("--steps", type=even, default=10, help="an even number")
+    parser.add_argument("--baseline-steps", type=even, default=2, help="of the naive loop")
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)

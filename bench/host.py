@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         medians = {k: statistics.median(v) for k, v in timed(runs, args.steps).items()}
         row: dict[str, Any] = {
             "bench": "host",
+            "seed": 0,
             "command": args.command,
             "size": args.size,
             "rank": rank,

@@ -87,6 +87,23 @@ def command(name: str, words: Sequence[str] | None) -> str:
     return shlex.join(kept)
 
 
+def even(text: str) -> int:
+    """Read a number of steps that counts both phases alike."""
+    steps = int(text)
+    if steps < 2 or steps % 2:
+        raise ValueError(f"{steps} is not an even number of steps")
+    return steps
+
+
+def progress(cases: Sequence[Any], about: str) -> Iterable[Any]:
+    """Show how far a long run is, on a terminal and where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return cases
+    return tqdm(cases, desc=about, disable=None)
+
+
 def append(rows: Iterable[dict[str, Any]], out: Path | None) -> None:
     """Print rows as JSON lines and append them to a file, if one is given."""
     lines = [json.dumps(row) for row in rows]

@@ -20,7 +20,7 @@ import loft_kernels as lk
 from bench import timing
 from bench.cases import SHAPE_SETS
 from bench.problem import Adapters
-from bench.record import append, command, environment
+from bench.record import append, command, environment, even, progress
 from bench.run import clear
 from bench.work import STAGES, Work, work_of
 
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="only this many layers of the set")
     parser.add_argument("--ranks", default="4,8,16,32,64", help="comma-separated")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=10, help="an even number")
+    parser.add_argument("--steps", type=even, default=10, help="an even number")
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=20, help="of each ceiling")
     parser.add_argument("--gemm", type=int, help="size of the products of the ceilings")
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     append([{"ceilings": tops, "sizes": sizes, **about}], args.out)
     clear()
     shapes = SHAPE_SETS[args.shapes].pairs(args.layers)
-    for rank in map(int, args.ranks.split(",")):
+    for rank in progress([int(text) for text in args.ranks.split(",")], "roofline"):
         row = {"shapes": args.shapes, "layers": args.layers, "pairs": len(shapes)}
         row |= {"steps": args.steps, "ceilings": tops} | measure(rank, args, shapes, tops) | about
         append([row], args.out)

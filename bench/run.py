@@ -23,7 +23,7 @@ from bench import timing
 from bench.cases import SHAPE_SETS
 from bench.contenders import CONTENDERS, Contender, bytes_needed, parity
 from bench.problem import Adapters
-from bench.record import append, command, environment
+from bench.record import append, command, environment, even, progress
 
 __all__ = ["environment", "main"]  # the first for what measures other things
 
@@ -117,8 +117,8 @@ def main(argv: list[str] | None = None) -> None:
         help=f"comma-separated: {', '.join(CONTENDERS)}",
     )
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--baseline-steps", type=int, default=4, help="of the slow ones")
+    parser.add_argument("--steps", type=even, default=20, help="an even number")
+    parser.add_argument("--baseline-steps", type=even, default=4, help="of the slow ones")
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     shapes = SHAPE_SETS[args.shapes].pairs(args.layers)
     cases = [(int(r), b) for r in args.ranks.split(",") for b in args.backends.split(",")]
     failed = False
-    for rank, name in cases:
+    for rank, name in progress(cases, "run"):
         row = row_of(name, rank, args, shapes)
         append([row], args.out)
         failed |= "error" in row

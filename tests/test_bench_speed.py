@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,6 +217,33 @@ def test_work_is_what_the_formulas_say():
     assert stages["moments"].bytes == (12 * 2 + 8 * 3) * 8
     wide = work.work_of([(3, 5)], 32, gpu=True)
     assert wide["operands"].bytes == 4 * (4 * 32 + 2 * (528 + 64)) + 4 * (4 * 560 + 2 * 528)
+
+
+def test_stages_share_the_time_of_their_kernels(monkeypatch):
+    """Two steps of one launch a stage: times are per step, foreign kernels are named."""
+    names = [f"_{stage}_kernel" for stage in work.STAGES] + ["fill"]
+    names[5] = "_update_hopper_wide_kernel"
+    kernels = Counter(dict.fromkeys(names, 2)), dict.fromkeys(names, 4.0)
+    monkeypatch.setattr(roofline.timing, "kernels", lambda *_: kernels)
+    tops = {"bytes": 1e6, "flop16": 1e12, "flop64": 1e9, "special": 1e3}
+    model = Adapters([(3, 5)], 2, "cpu")
+    row = roofline.stages(model, lk.LoFTAdamW(model), argparse.Namespace(steps=2), tops)
+    assert row["kernel_ms"] == 14.0
+    assert row["other_kernels"] == {"fill": 2}
+    assert row["stages"]["other"] == {"ms": 2.0}
+    gram, update = row["stages"]["gram"], row["stages"]["update"]
+    assert gram["share"] == pytest.approx(12 * 2 * 8 / 1e6 / 2e-3)
+    assert gram["bound"] == "bytes"
+    assert update["share"] == pytest.approx(1.5 * 15 / 1e3 / 2e-3)
+    assert update["bound"] == "special"
+
+
+@pytest.mark.parametrize("command", [run, roofline, end_to_end])
+def test_an_odd_number_of_steps_is_refused(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--device", "cpu", "--steps", "3"])
+    assert ended.value.code == 2
+    assert "--steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
