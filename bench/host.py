@@ -9,6 +9,7 @@ more step needs beyond what the process holds, as the operating system counts it
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from pathlib import Path
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     args.command = command("host", argv)
     torch.set_num_threads(args.threads)
     shapes = [(args.size, args.size)]
+    load = os.getloadavg()[0]  # of others; this run adds its own
     for rank in map(int, args.ranks.split(",")):
         runs = {}
         for name in BACKENDS:
@@ -77,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         row: dict[str, Any] = {
             "bench": "host",
             "seed": 0,
+            "load_before": load,
             "command": args.command,
             "size": args.size,
             "rank": rank,
