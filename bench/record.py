@@ -57,7 +57,9 @@ def environment() -> dict[str, Any]:
     commit it is; nothing then says whether it was changed, and ``dirty`` is None.
     """
     told = os.environ.get("LOFT_COMMIT")
-    changes = None if told else _git("status", "--porcelain", "--untracked-files=no")
+    # Rows are appended to files of the tree, which changes nothing that is measured.
+    code = "--", ":/", ":(top,exclude)bench/results"
+    changes = None if told else _git("status", "--porcelain", "--untracked-files=no", *code)
     cuda = torch.cuda.is_available()
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
