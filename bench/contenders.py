@@ -15,7 +15,7 @@ from loft_kernels.state import state_bytes
 
 Make = Callable[[Adapters], torch.optim.Optimizer]
 
-# Two steps from a fresh state, where P is close to rank one (DESIGN section 3).
+# Two steps from a fresh state, where P is of rank one and two and v a small difference.
 EARLY_LIMIT = 5e-3
 # tf32 keeps 10 bits of an operand (2^-11 = 5e-4), and S = (Y^T Y)^-1 is formed of such products;
 # the sums over thousands of entries average most of it away.

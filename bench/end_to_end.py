@@ -11,6 +11,7 @@ Every optimizer passes its parity check on the model's shapes first.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 import loft_kernels as lk
 from bench.contenders import CONTENDERS, parity
 from bench.naive import NaiveLoFT, NaivePair
-from bench.record import append, command, environment, even, progress
+from bench.record import append, command, environment, even, failure, progress
 from bench.run import clear
 from bench.timing import quantiles
 
@@ -198,8 +199,9 @@ def measure(
     return row
 
 
-def compare(args: argparse.Namespace) -> None:
-    """Measure every optimizer from the same start, on one model."""
+def compare(args: argparse.Namespace) -> bool:
+    """Measure every optimizer from the same start, on one model; tells whether one failed."""
+    failed = False
     model = build(args)
     factors = [p for p in model.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in factors]
@@ -219,10 +221,12 @@ def compare(args: argparse.Namespace) -> None:
                 p.grad = None
         try:
             row = measure(name, model, tokens, args)
-        except torch.OutOfMemoryError as error:
-            row = {"skipped": f"out of memory: {str(error).splitlines()[0]}"}
+        except Exception as error:
+            row = failure(error)
+        failed |= "error" in row
         append([{**about, "optimizer": name, **row, **environment()}], args.out)
         clear()
+    return failed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -252,4 +256,4 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--optimizers: {', '.join(sorted(unknown))} unknown")
     # A step that hands its work to another path must not be praised for it.
     warnings.filterwarnings("error", message="the LoFT step runs on the reference path")
-    compare(args)
+    sys.exit(int(compare(args)))

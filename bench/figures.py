@@ -82,7 +82,7 @@ def _draw_speed(pyplot: Any, kinds: Kinds) -> Any:
         axis.set_xticks(ranks, [str(r) for r in ranks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     axes[0][0].set_ylabel("ms per step")
     return figure
 
@@ -142,12 +142,13 @@ def _draw_curves(pyplot: Any, kinds: Kinds) -> Any:
 def _draw_accuracy(pyplot: Any, kinds: Kinds) -> Any:
     """Draw the spread of errors by rank in default precision, with the bars that apply."""
     rows = [row for row in accuracy_rows(kinds) if row["precision"] == "default"]
+    rows = [row for row in rows if row["condition"] == 1]
     ranks = sorted({row["rank"] for row in rows})
     figure, axis = pyplot.subplots(figsize=(6, 4))
     kinds_of_rows = {
         "steady, from step 5 on": lambda row: row["history"] == "steady" and row["step"] > 2,
         "steady, steps 1 and 2": lambda row: row["history"] == "steady" and row["step"] <= 2,
-        "hard histories": lambda row: row["history"] != "steady",
+        "other histories": lambda row: row["history"] != "steady",
     }
     for k, (name, belongs) in enumerate(kinds_of_rows.items()):
         members = [row for row in rows if belongs(row)]

@@ -52,7 +52,7 @@ def observe(
     """
     beta1, beta2 = betas
     # inv_ex does not look at the outcome, which would wait for the device at every adapter.
-    gram_inv = torch.linalg.inv_ex(partner.T @ partner).inverse
+    gram_inv = torch.linalg.inv_ex(partner.T @ partner)[0]
     scaled = grad @ gram_inv / scaling
     change = (partner_prev.T @ partner) @ gram_inv
     exp_avg = beta1 * exp_avg @ change + (1 - beta1) * scaled
@@ -167,7 +167,7 @@ class NaiveLoFT(torch.optim.Optimizer):
         for pair in self.pairs:
             p, _, partner = _sides(pair)[moving]
             grad = _rows(pair, p, p.grad)
-            inverse = torch.linalg.inv_ex(partner.T @ partner).inverse
+            inverse = torch.linalg.inv_ex(partner.T @ partner)[0]
             # ||G P||^2 = tr(g S g^T) / s^2 where P projects onto the partner's columns.
             squares.append((grad @ inverse * grad).sum() / pair.scaling**2)
         norm = torch.stack(squares).sum().sqrt()

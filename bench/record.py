@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import subprocess
+import traceback
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from functools import cache
@@ -95,6 +96,18 @@ def even(text: str) -> int:
     if steps < 2 or steps % 2:
         raise ValueError(f"{steps} is not an even number of steps")
     return steps
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """Return the field of a row that could not be measured; the traceback goes to stderr.
+
+    What was measured before and what comes after is worth more than a run that stops.
+    """
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"skipped": f"out of memory: {first}"}
+    traceback.print_exception(error)
+    return {"error": f"{type(error).__name__}: {first}"}
 
 
 def progress(cases: Sequence[Any], about: str) -> Iterable[Any]:

@@ -23,7 +23,7 @@ from bench import timing
 from bench.cases import SHAPE_SETS
 from bench.contenders import CONTENDERS, Contender, bytes_needed, parity
 from bench.problem import Adapters
-from bench.record import append, command, environment, even, progress
+from bench.record import append, command, environment, even, failure, progress
 
 __all__ = ["environment", "main"]  # the first for what measures other things
 
@@ -87,8 +87,8 @@ def row_of(
     try:
         for fields in measure(CONTENDERS[name], rank, args, shapes):
             row |= fields
-    except torch.OutOfMemoryError as error:
-        row["skipped"] = f"out of memory: {str(error).splitlines()[0]}"
+    except Exception as error:
+        row |= failure(error)
     clear()
     return row | environment()
 

@@ -190,6 +190,23 @@ def test_what_does_not_fit_is_a_row_that_says_so(tmp_path, monkeypatch, capsys):
     assert all(row["needed_bytes"] > 0 and "ms" not in row for row in rows)
 
 
+def test_a_failure_is_a_row_and_the_others_follow(tmp_path, monkeypatch, capsys):
+    def broken(contender, *_):
+        if contender is contenders.CONTENDERS["naive"]:
+            raise RuntimeError("a reason\nand more")
+        return 0.0
+
+    monkeypatch.setattr(run, "parity", broken)
+    out = tmp_path / "rows.jsonl"
+    with pytest.raises(SystemExit) as ended:
+        run.main(["--device", "cpu", "--backends", "naive,adamw", "--out", str(out)])
+    assert ended.value.code == 1
+    failed, timed = rows_of(out)
+    assert failed["error"] == "RuntimeError: a reason"
+    assert "ms" in timed
+    assert "and more" in capsys.readouterr().err
+
+
 def test_70b_at_rank_64_is_counted_before_it_is_tried():
     shapes = run.SHAPE_SETS["llama-3-70b"].pairs()
     needed = contenders.bytes_needed(contenders.CONTENDERS["triton"], shapes, 64)
@@ -265,7 +282,9 @@ def test_end_to_end_takes_every_optimizer_through_a_model(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     words = ["--layers", "1", "--hidden", "16", "--vocab", "32", "--rank", "2", "--batch", "2"]
     words += ["--length", "8", "--steps", "2", "--warmup", "1", "--device", "cpu"]
-    end_to_end.main([*words, "--out", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        end_to_end.main([*words, "--out", str(out)])
+    assert ended.value.code == 0
     rows = rows_of(out)
     assert [row["optimizer"] for row in rows] == ["adamw", "loft", "naive"]
     for row in rows:
