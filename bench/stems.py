@@ -207,14 +207,11 @@ def recorded() -> Iterator[dict[str, list[Callable[[], None]]]]:
     launches: dict[str, list[Callable[[], None]]] = {}
     launch = Launcher.__call__
 
-    def recording(
-        self: Any, kernel: Any, name: Any, grid: int, options: dict[str, Any], **arguments: Any
-    ) -> None:
-        launch(self, kernel, name, grid, options, **arguments)
+    def recording(self: Any, name: Any, moving: dict[str, Any], describe: Any) -> None:
+        moving = dict(moving)
+        launch(self, name, moving, describe)
         stem = name if isinstance(name, str) else name[0]
-        launches.setdefault(stem, []).append(
-            lambda: launch(self, kernel, name, grid, options, **arguments)
-        )
+        launches.setdefault(stem, []).append(lambda: launch(self, name, moving, describe))
 
     Launcher.__call__ = recording  # type: ignore[method-assign]
     try:

@@ -38,7 +38,8 @@ def work_of(shapes: Sequence[tuple[int, int]], rank: int, *, gpu: bool) -> dict[
 
     * gram: reads factor, gradient and last basis, ``12 r R`` bytes; three products, ``6 r^2 R``
       fp64 operations.
-    * solve: reads three r x r partial sums for every 1024 rows, ``24 r^2 R / 1024`` bytes.
+    * solve: reads three r x r partial sums of every program of gram, which serves 512 rows up to
+      rank 16 and 256 above, ``24 r^2 R / 512`` bytes.
     * basis: reads the factor and the last basis, writes the basis, ``12 r R`` bytes; ``2 r^2 R``
       fp64 operations.
     * moments: reads gradient, m and P, writes m and P, ``(12 r + 8 K) R`` bytes; g and m C are
@@ -65,7 +66,7 @@ def work_of(shapes: Sequence[tuple[int, int]], rank: int, *, gpu: bool) -> dict[
     partner = operand_bytes if gpu else 4 * r
     return {
         "gram": Work(bytes=12 * r * rows, flop64=6 * r**2 * rows),
-        "solve": Work(bytes=24 * r**2 * rows / 1024),
+        "solve": Work(bytes=24 * r**2 * rows / (512 if r <= 16 else 256)),
         "basis": Work(bytes=12 * r * rows, flop64=2 * r**2 * rows),
         "moments": Work(
             bytes=(12 * r + 8 * k) * rows, flop64=4 * r**2 * rows, flop=4 * r**3 * half
