@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench run` measures and writes JSON lines, nothing else."""
+"""Benchmarks: commands measure and write JSON lines; `python -m bench report` reads them."""

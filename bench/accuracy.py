@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import loft_kernels as lk
 from bench.histories import BETAS, HISTORIES, History, guard_after, moments, partner_twice
-from bench.run import environment
+from bench.record import environment
 from loft_kernels import reference as ref
 
 SCALING = 0.5

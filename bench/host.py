@@ -9,16 +9,18 @@ more step needs beyond what the process holds, as the operating system counts it
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import loft_kernels as lk
+from bench.contenders import CONTENDERS, parity
 from bench.problem import Adapters
-from bench.run import environment, parity
+from bench.record import append, command, environment
 
 BACKENDS = ("cpu", "reference")
 
@@ -60,9 +62,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ranks", default="4,16", help="comma-separated")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="JSON lines are appended here")
     args = parser.parse_args(argv)
+    args.command = command("host", argv)
     torch.set_num_threads(args.threads)
     shapes = [(args.size, args.size)]
+    load = os.getloadavg()[0]  # of others; this run adds its own
     for rank in map(int, args.ranks.split(",")):
         runs = {}
         for name in BACKENDS:
@@ -71,12 +76,20 @@ def main(argv: list[str] | None = None) -> None:
         # The first step makes the state and the threads' working memory: measured at its full size.
         extra = {name: peak_extra_bytes(*run) for name, run in runs.items()}
         medians = {k: statistics.median(v) for k, v in timed(runs, args.steps).items()}
-        row = {"size": args.size, "rank": rank, "steps": args.steps, "median_ms": medians}
+        row: dict[str, Any] = {
+            "bench": "host",
+            "seed": 0,
+            "load_before": load,
+            "command": args.command,
+            "size": args.size,
+            "rank": rank,
+        }
+        row |= {"steps": args.steps, "median_ms": medians}
         row["speedup"] = medians["reference"] / medians["cpu"]
         state = sum(
             t.numel() * t.element_size() for s in runs["cpu"][1].state.values() for t in s.values()
         )
         row |= {"first_step_peak_extra_bytes": extra, "state_bytes": state}
         row["later_step_peak_extra_bytes"] = {k: peak_extra_bytes(*run) for k, run in runs.items()}
-        row["parity_error"] = parity("cpu", shapes, rank, "cpu")
-        print(json.dumps(row | environment()))
+        row["parity_error"] = parity(CONTENDERS["cpu"], shapes, rank, "cpu")
+        append([row | environment()], args.out)

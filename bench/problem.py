@@ -42,6 +42,7 @@ class Adapters(nn.Module):
     ) -> None:
         """Draw the factors and a fixed mean gradient for each."""
         super().__init__()
+        self.shapes, self.rank = list(shapes), rank
         self.rng = torch.Generator(device).manual_seed(seed)
         self.layers = nn.ModuleList(Adapter(m, n, rank, self.rng, dtype) for m, n in shapes)
         self.means = [self._noise(p) for p in self.parameters()]

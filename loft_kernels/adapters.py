@@ -49,6 +49,11 @@ class Scaling:
         self._module = None if module is None else weakref.ref(module)
         self._adapter = adapter
 
+    @property
+    def place(self) -> tuple[weakref.ref[nn.Module], str] | None:
+        """Where the scaling is read: the module and the adapter; None if it is a fixed number."""
+        return None if self._module is None else (self._module, self._adapter)
+
     def read(self) -> float:
         """Return the current scaling.
 

@@ -52,7 +52,11 @@ class Gathered:
         self._params = [f.param for f in self._factors]
         self._states = [optimizer.state.get(p) for p in self._params]
         self._moments = self._first_moments()
+        self._stored = dict(optimizer.state)
         self._scalings = [slot.scaling for slot in optimizer._slots]
+        self._places: list[Any] = [scaling.place for scaling in self._scalings]
+        self._numbers: list[Any] = []
+        self._usable: list[float] = []
         self._listed = [p for group in optimizer.param_groups for p in group["params"]]
         paired = {place for slot in optimizer._slots for place in (slot.b, slot.a)}
         self.plain = [
@@ -72,10 +76,31 @@ class Gathered:
     def _look_at_gradients(self) -> None:
         """Note what moves from step to step."""
         grads = [p.grad for p in self._params]
-        strides: list[Any] = [() if g is None else g.stride() for g in grads]
-        addresses = [0 if g is None else g.data_ptr() for g in grads]
-        self._grad_dtypes = [None if g is None else g.dtype for g in grads]
-        self.moving = (addresses, strides, [s.read() for s in self._scalings])
+        try:
+            addresses = [g.data_ptr() for g in grads]  # type: ignore[union-attr]
+            strides: list[Any] = [g.stride() for g in grads]  # type: ignore[union-attr]
+            self._grad_dtypes: list[Any] = [g.dtype for g in grads]  # type: ignore[union-attr]
+        except AttributeError:
+            addresses = [0 if g is None else g.data_ptr() for g in grads]
+            strides = [() if g is None else g.stride() for g in grads]
+            self._grad_dtypes = [None if g is None else g.dtype for g in grads]
+        self.moving = (addresses, strides, self._read_scalings())
+
+    def _read_scalings(self) -> list[float]:
+        """Read all scalings, and check them when they change."""
+        numbers: list[Any] = []
+        try:
+            numbers = [
+                s[adapter] if type(s := module().scaling) is dict else s
+                for module, adapter in self._places
+            ]
+        except (AttributeError, KeyError, TypeError):  # one without a module, or of another kind
+            return [s.read() for s in self._scalings]
+        if numbers != self._numbers:
+            self._usable = [s.read() for s in self._scalings]
+            # A tensor may change in place.
+            self._numbers = numbers if all(type(s) in (float, int) for s in numbers) else []
+        return self._usable
 
     def _look(self) -> tuple[list[Any], ...]:
         """List what has to stay the same; torch holds gradients to the shapes of parameters."""
@@ -92,7 +117,10 @@ class Gathered:
         return (
             len(listed) == len(self._listed)
             and all(map(operator.is_, listed, self._listed))
-            and all(map(operator.is_, map(optimizer.state.get, self._params), self._states))
+            # Entries stay in order and new ones come last; a lookup would hash every tensor.
+            and len(optimizer.state) >= len(self._stored)
+            and all(map(operator.is_, optimizer.state, self._stored))
+            and all(map(operator.is_, optimizer.state.values(), self._stored.values()))
             and all(map(operator.is_, self._first_moments(), self._moments))
         )
 

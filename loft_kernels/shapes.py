@@ -24,6 +24,12 @@ class ShapeSet:
         return list(self.per_layer) * (self.layers if layers is None else layers)
 
 
+def _all_linear(hidden: int, key_value: int, feed_forward: int) -> tuple[tuple[int, int], ...]:
+    """List q, k, v, o, gate, up and down of a layer with grouped key and value heads."""
+    narrow, square, up = (key_value, hidden), (hidden, hidden), (feed_forward, hidden)
+    return (square, narrow, narrow, square, up, up, (hidden, feed_forward))
+
+
 SHAPE_SETS = {
     "tiny": ShapeSet(1, ((48, 64), (96, 32)), "for trying the benchmark itself"),
     "gpt2": ShapeSet(
@@ -35,4 +41,7 @@ SHAPE_SETS = {
         ((4096, 4096), (4096, 4096), (4096, 4096), (11008, 4096), (4096, 11008)),
         "LLaMA-7B; q, k, v, up, down as in the paper",
     ),
+    "llama-3-8b": ShapeSet(32, _all_linear(4096, 1024, 14336), "Llama-3-8B, all linear"),
+    "llama-3-70b": ShapeSet(80, _all_linear(8192, 1024, 28672), "Llama-3-70B, all linear"),
+    "mistral-7b": ShapeSet(32, _all_linear(4096, 1024, 14336), "Mistral-7B, all linear"),
 }

@@ -76,12 +76,14 @@ def described(rows: int, columns: int, gluon: bool) -> str:
 def compile_rows(capability: int, rank: int) -> None:
     """Compile everything but the hot loop."""
     width, columns, moments = configs.padded_rank(rank), packing(rank), configs.moment_tile(rank)
-    common = {"R": width, "PARAM_DTYPE": tl.float32, "GRAD_DTYPE": tl.float32, "BLOCK_N": 32}
-    common |= {"CHUNK": configs.CHUNK_ROWS, "SIDES": 512, "COUNT_SKIPS": True, "ALTERNATE": True}
-    four = {"num_warps": 4}
-    compile_kernel(_gram_kernel, capability, common, four)
+    common = {"R": width, "PARAM_DTYPE": tl.float32, "GRAD_DTYPE": tl.float32}
+    common |= {"SIDES": 512, "COUNT_SKIPS": True, "ALTERNATE": True}
+    tile = configs.row_tile(rank)
+    common |= {"CHUNK": tile.chunk, "BLOCK_N": tile.block}
+    row_warps = {"num_warps": tile.warps}
+    compile_kernel(_gram_kernel, capability, common, row_warps)
     compile_kernel(_solve_kernel, capability, common, {"num_warps": 4 if width <= 32 else 8})
-    compile_kernel(_basis_kernel, capability, common, four)
+    compile_kernel(_basis_kernel, capability, common, row_warps)
     operands = {
         "BLOCK": configs.operand_rows(rank),
         "N": configs.narrow_rank(rank),
@@ -91,7 +93,7 @@ def compile_rows(capability: int, rank: int) -> None:
         "SPLIT": columns.split,
         "DTYPE": tl.float16,
     }
-    compile_kernel(_operands_kernel, capability, operands, four)
+    compile_kernel(_operands_kernel, capability, operands, {"num_warps": 4})
     rows = common | {
         "RANK": rank,
         "CHUNK": moments.chunk,

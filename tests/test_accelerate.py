@@ -22,6 +22,12 @@ transformers = pytest.importorskip("transformers", reason="Trainer is optional")
 OPTIONS = {"lr": 2e-2, "weight_decay": 0.1, "max_grad_norm": 0.3}
 
 
+@pytest.fixture(autouse=True)
+def own_state() -> None:
+    """accelerate's process-wide state holds the device of whoever made an Accelerator first."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def decay(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
 
@@ -85,15 +91,24 @@ def single_precision(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.
 
 
 class Overflow(transformers.TrainerCallback):
-    """Make one gradient infinite at some steps, and look at everything around each step."""
+    """Make one gradient infinite at some steps, and look at everything around each step.
+
+    As in a real overflow, the gradient is infinite from the backward pass on: a Trainer divides
+    by the scale, and looks for infinities, before it calls `on_pre_optimizer_step`.
+    """
 
     def __init__(self, at: set[int]) -> None:
         self.at, self.calls, self.log = at, 0, []
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        first = next(p for n, p in model.named_parameters() if "lora_A" in n)
+        first.register_post_accumulate_grad_hook(self.overflow)
+
+    def overflow(self, factor: torch.Tensor) -> None:
         if self.calls in self.at:
-            factors = [p for n, p in model.named_parameters() if "lora_A" in n]
-            factors[0].grad[0, 0] = float("inf")
+            factor.grad[0, 0] = float("inf")
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         inner = optimizer.optimizer
         self.before = without_gradients(picture(inner)), inner.param_groups[0]["lr"]
 

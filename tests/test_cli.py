@@ -8,6 +8,7 @@ from problems import make_adapter
 
 import loft_kernels as lk
 from loft_kernels import backends, cli, selftest
+from loft_kernels.shapes import SHAPE_SETS
 
 
 def test_report_names_every_backend_and_one_choice(capsys):
@@ -61,6 +62,22 @@ def test_memory_is_what_the_optimizer_allocates(capsys):
     held = sum(t.numel() * t.element_size() for s in opt.state.values() for t in s.values())
     assert cli.main(["memory", "--shapes", "40x30," * 99 + "40x30", "--rank", "4"]) == 0
     assert f"LoFT state        {100 * held / 2**20:10.1f} MiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SHAPE_SETS)
+def test_memory_knows_every_shape_set(name, capsys):
+    assert cli.main(["memory", "--shapes", name, "--rank", "4"]) == 0
+    assert f"{len(SHAPE_SETS[name].pairs())} pairs, rank 4:" in capsys.readouterr().out
+
+
+def test_mistral_has_the_shapes_of_its_configuration():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MistralConfig()
+    key_value = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    known = SHAPE_SETS["mistral-7b"]
+    assert known.layers == config.num_hidden_layers
+    assert known.per_layer[1] == (key_value, config.hidden_size)
+    assert known.per_layer[-1] == (config.hidden_size, config.intermediate_size)
 
 
 @pytest.mark.parametrize(

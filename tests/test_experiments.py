@@ -41,7 +41,7 @@ from bench.experiments import (  # noqa: E402 - needs those libraries
     transition,
 )
 from bench.experiments.methods import LOFT, METHODS  # noqa: E402 - as above
-from bench.run import environment  # noqa: E402 - as above
+from bench.record import environment  # noqa: E402 - as above
 
 TINY = ["--size", "tiny", "--workers", "1"]
 
@@ -334,7 +334,8 @@ def test_what_benchmarks_write_does_not_make_the_tree_dirty(tmp_path, monkeypatc
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("1")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("GIT_DIR", raising=False)
+    for name in ("GIT_DIR", "LOFT_COMMIT"):
+        monkeypatch.delenv(name, raising=False)
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.invalid", "-c", "commit.gpgsign=false"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
         subprocess.run([*git, *words], check=True)

@@ -23,7 +23,7 @@ BITS = {
 }
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PAIRS = 14
-LIMITS = {"cpu": 5e-4, "cuda": 2e-3}  # a few fp32 steps; the kernels' operands are fp16
+LIMIT = 5e-4  # a few fp32 steps
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,8 @@ def test_steps_follow_the_dense_oracle(bits, device, folder):
         pair.lora_B.data.copy_(drawn.normal_(std=0.1, generator=generator(7)))
     hyper, dense = Hyper(lr=1e-2, max_grad_norm=0.5), Dense(model)
     start = {name: pair.weight for name, pair in dense.pairs.items()}
-    opt = lk.LoFTAdamW(model, hyper.lr, max_grad_norm=hyper.max_grad_norm)
+    # Not in fp16 products: of a layer this small, one entry shows in the second step.
+    opt = lk.LoFTAdamW(model, hyper.lr, max_grad_norm=hyper.max_grad_norm, precision="ieee")
     for k in range(4):
         model(**batch(k, device)).loss.backward()
         dense.step(hyper)
@@ -126,7 +127,7 @@ def test_steps_follow_the_dense_oracle(bits, device, folder):
     for name, layer in model.named_modules():
         if name in start:
             delta = layer.get_delta_weight("default").detach().cpu()
-            check_displacement(delta, dense.pairs[name].weight, start[name], LIMITS[device], name)
+            check_displacement(delta, dense.pairs[name].weight, start[name], LIMIT, name)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -61,7 +61,7 @@ def test_the_script_before_the_change_runs_too(tmp_path, monkeypatch):
     assert not isinstance(names["trainer"].optimizer.optimizer, lk.LoFTAdamW)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/frameworks.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/frameworks.md", "docs/results.md"])
 def test_every_linked_file_exists(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):

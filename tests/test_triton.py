@@ -68,6 +68,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     options: dict[str, Any] = field(default_factory=dict)
     spoil: str = ""
+    rate: float = 1.0  # so that rounding X - lr * update to fp32 is no error of the update
 
 
 CASES = [
@@ -87,6 +88,11 @@ CASES = [
     Case("no-momentum", options={"betas": (0.0, 0.9)}),
     Case("eps-zero", options={"eps": 0.0}),
     Case("eps-large", options={"eps": 1.0}),
+    # The square of P is below fp32's range.
+    Case("tiny-gradients", options={"eps": 0.0}, spoil="tiny"),
+    Case("tiny-gradients-r24", ((33, 45),), (24,), options={"eps": 0.0}, spoil="tiny"),
+    Case("eps-above-all", options={"eps": 1e-3}, spoil="tiny", rate=1e7),
+    Case("eps-above-all-r24", ((33, 45),), (24,), options={"eps": 1e-3}, spoil="tiny", rate=1e7),
     Case("simultaneous", options={"alternate": False}),
     Case("maximize", options={"maximize": True}),
     Case("damping", options={"damping": 1e-2}),
@@ -116,7 +122,8 @@ def set_gradients(module: nn.ModuleList, case: Case, step: int) -> None:
     mean = torch.Generator().manual_seed(7)
     for p in module.parameters():
         noise = torch.randn(p.shape, generator=rng) + torch.randn(p.shape, generator=mean)
-        grad = (0.1 * noise).to(device=DEVICE, dtype=p.dtype)
+        size = 1e-11 if case.spoil == "tiny" else 0.1
+        grad = (size * noise).to(device=DEVICE, dtype=p.dtype)
         p.grad = grad.T.contiguous().T if case.spoil == "strided" else grad
     if case.spoil == "missing":
         module[0].lora_A.grad = None
@@ -196,8 +203,7 @@ def compare(case: Case, precision: str, step: int) -> None:
         kernel_step(opt, plan)
     set_gradients(module, case, HISTORY + step)
     if case.dtype == torch.float32:
-        # Rounding X - lr * update to fp32 is no error of the update: take a long step.
-        opt.param_groups[0]["lr"] = 1.0
+        opt.param_groups[0]["lr"] = case.rate
     # With damping C is not I where the partner stays, and only equal dtypes see that it stays.
     truth = None if "damping" in case.options else torch.float64
     exact, exact_opt = twin_of(module, opt, case, truth)

@@ -47,7 +47,7 @@ class Request:
 def document(name: str, request: Request, settings: Mapping[str, Any], **found: Any) -> Document:
     """Put together what was measured and what it takes to measure it again."""
     # Imported late: reading documents takes no torch.
-    from bench.run import environment
+    from bench.record import environment
 
     return {
         "name": name,

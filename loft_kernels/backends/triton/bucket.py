@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from loft_kernels.backends.triton import configs, tables
 from loft_kernels.backends.triton.basis import _basis_kernel
 from loft_kernels.backends.triton.gram import _gram_kernel
-from loft_kernels.backends.triton.launch import Launcher
+from loft_kernels.backends.triton.launch import Launch, Launcher
 from loft_kernels.backends.triton.layout import Part
 from loft_kernels.backends.triton.moments import _moments_kernel
 from loft_kernels.backends.triton.operands import _operands_kernel
@@ -77,7 +77,9 @@ class Bucket:
             tile = configs.update_tile(plan.capability, self.rank)
         self.layout = plan.layout(key, pairs, tile)
         self.sides = 2 * len(pairs)
-        self._host_table = tables.address_rows(pairs, configs.CHUNK_ROWS, self.layout.places)
+        self._host_table = tables.address_rows(
+            pairs, configs.row_tile(self.rank).chunk, self.layout.places
+        )
         self._moving: Moving | None = None
         self._values: list[float] = []
         self._launch = Launcher()
@@ -129,42 +131,51 @@ class Bucket:
     def measure(self) -> None:
         """Gram products, then per side the inverse, the transition and the norm."""
         empty = partial(torch.empty, device=self.device)
-        tiles = self.layout.row_tiles
+        tiles, tile = self.layout.row_tiles, configs.row_tile(self.rank)
         square = (self.sides, self.width, self.width)
         partial_sums = empty((len(tiles), 3, self.width, self.width), dtype=torch.float64)
         self.inverse = empty(square, dtype=torch.float64)
         self.change = empty(square, dtype=torch.float32)
         self.changed = empty(self.sides, dtype=torch.int32)
+        moving = {"table_ptr": self.table, "partial_ptr": partial_sums}
         self._launch(
-            _gram_kernel,
             "gram",
-            len(tiles),
-            {"num_warps": 4},
-            table_ptr=self.table,
-            tiles_ptr=tiles,
-            partial_ptr=partial_sums,
-            rank=self.rank,
-            CHUNK=configs.CHUNK_ROWS,
-            BLOCK_N=32,
-            R=self.width,
-            PARAM_DTYPE=DTYPES[self.param_dtype],
-            GRAD_DTYPE=DTYPES[self.grad_dtype],
+            moving,
+            lambda: Launch(
+                _gram_kernel,
+                len(tiles),
+                {"num_warps": tile.warps},
+                {
+                    "tiles_ptr": tiles,
+                    "rank": self.rank,
+                    "CHUNK": tile.chunk,
+                    "BLOCK_N": tile.block,
+                    "R": self.width,
+                    "PARAM_DTYPE": DTYPES[self.param_dtype],
+                    "GRAD_DTYPE": DTYPES[self.grad_dtype],
+                },
+            ),
         )
+        moving |= {
+            "hyper_ptr": self.hyper,
+            "inverse_ptr": self.inverse,
+            "change_ptr": self.change,
+            "changed_ptr": self.changed,
+            "numbers_ptr": self.numbers,
+        }
         self._launch(
-            _solve_kernel,
             "solve",
-            self.sides,
-            {"num_warps": 4 if self.width <= 32 else 8},
-            table_ptr=self.table,
-            partial_ptr=partial_sums,
-            hyper_ptr=self.hyper,
-            inverse_ptr=self.inverse,
-            change_ptr=self.change,
-            changed_ptr=self.changed,
-            numbers_ptr=self.numbers,
-            rank=self.rank,
-            R=self.width,
-            ALTERNATE=self.pairs[0].options.alternate,
+            moving,
+            lambda: Launch(
+                _solve_kernel,
+                self.sides,
+                {"num_warps": 4 if self.width <= 32 else 8},
+                {
+                    "rank": self.rank,
+                    "R": self.width,
+                    "ALTERNATE": self.pairs[0].options.alternate,
+                },
+            ),
         )
 
     def decide(
@@ -177,58 +188,73 @@ class Bucket:
         count_skips: bool,
     ) -> None:
         """Take the decision of the step and replace the bases."""
+        tile = configs.row_tile(self.rank)
+        moving = {
+            "table_ptr": self.table,
+            "hyper_ptr": self.hyper,
+            "outside_ptr": outside,
+            "inverse_ptr": self.inverse,
+            "numbers_ptr": self.numbers,
+            "all_numbers_ptr": all_numbers,
+            "decision_ptr": decision,
+            "skipped_ptr": skipped,
+            "changed_ptr": self.changed,
+        }
         self._launch(
-            _basis_kernel,
             "basis",
-            len(self.layout.row_tiles),
-            {"num_warps": 4},
-            table_ptr=self.table,
-            tiles_ptr=self.layout.row_tiles,
-            hyper_ptr=self.hyper,
-            outside_ptr=outside,
-            inverse_ptr=self.inverse,
-            numbers_ptr=self.numbers,
-            all_numbers_ptr=all_numbers,
-            all_sides=len(all_numbers),
-            decision_ptr=decision,
-            skipped_ptr=skipped,
-            changed_ptr=self.changed,
-            rank=self.rank,
-            CHUNK=configs.CHUNK_ROWS,
-            BLOCK_N=32,
-            R=self.width,
-            SIDES=triton.next_power_of_2(len(all_numbers)),
-            COUNT_SKIPS=count_skips,
-            PARAM_DTYPE=DTYPES[self.param_dtype],
+            moving,
+            lambda: Launch(
+                _basis_kernel,
+                len(self.layout.row_tiles),
+                {"num_warps": tile.warps},
+                {
+                    "tiles_ptr": self.layout.row_tiles,
+                    "all_sides": len(all_numbers),
+                    "rank": self.rank,
+                    "CHUNK": tile.chunk,
+                    "BLOCK_N": tile.block,
+                    "R": self.width,
+                    "SIDES": triton.next_power_of_2(len(all_numbers)),
+                    "COUNT_SKIPS": count_skips,
+                    "PARAM_DTYPE": DTYPES[self.param_dtype],
+                },
+            ),
         )
 
     def write(self, decision: Tensor) -> None:
         """Advance the moments and move the factors."""
-        tile = configs.moment_tile(self.rank)
-        self._launch(
-            _moments_kernel,
-            "moments",
-            len(self.layout.moment_tiles),
-            self._options(tile.warps, tile.registers),
-            table_ptr=self.table,
-            tiles_ptr=self.layout.moment_tiles,
-            hyper_ptr=self.hyper,
-            decision_ptr=decision,
-            inverse_ptr=self.inverse,
-            change_ptr=self.change,
-            changed_ptr=self.changed,
-            RANK=self.rank,
-            R=self.width,
-            CHUNK=tile.chunk,
-            BLOCK_M=tile.rows,
-            GROUP=tile.group,
-            IDLE=tile.idle,
-            COLUMNS_P=tile.columns,
-            GRAD_DTYPE=DTYPES[self.grad_dtype],
-            EXACT=self.exact,
-        )
+        moving = {
+            "table_ptr": self.table,
+            "hyper_ptr": self.hyper,
+            "decision_ptr": decision,
+            "inverse_ptr": self.inverse,
+            "change_ptr": self.change,
+            "changed_ptr": self.changed,
+        }
+        self._launch("moments", moving, self._moments)
         for index, part in enumerate(self.layout.parts):
             self._move(index, part, decision)
+
+    def _moments(self) -> Launch:
+        """Describe the launch that advances the moments."""
+        tile = configs.moment_tile(self.rank)
+        return Launch(
+            _moments_kernel,
+            len(self.layout.moment_tiles),
+            self._options(tile.warps, tile.registers),
+            {
+                "tiles_ptr": self.layout.moment_tiles,
+                "RANK": self.rank,
+                "R": self.width,
+                "CHUNK": tile.chunk,
+                "BLOCK_M": tile.rows,
+                "GROUP": tile.group,
+                "IDLE": tile.idle,
+                "COLUMNS_P": tile.columns,
+                "GRAD_DTYPE": DTYPES[self.grad_dtype],
+                "EXACT": self.exact,
+            },
+        )
 
     def _options(self, warps: int, registers: int | None) -> dict[str, Any]:
         """Return compiler options; the interpreter knows no registers."""
@@ -250,95 +276,87 @@ class Bucket:
             "table_ptr": self.table,
             "decision_ptr": decision,
             "numbers_ptr": self.numbers,
-            "rank": self.rank,
-            "R": self.width,
         }
         self._launch(
-            _operands_kernel,
             ("operands", index),
-            len(part.operand_tiles),
-            {"num_warps": 4},
-            **common,
-            tiles_ptr=part.operand_tiles,
-            partner_ptr=partner,
-            residual_ptr=residual,
-            centre_ptr=centre,
-            BLOCK=configs.operand_rows(self.rank),
-            PRODUCTS=columns.products,
-            WIDTH=columns.width,
-            SPLIT=columns.split,
-            N=configs.narrow_rank(self.rank),
-            DTYPE=tl.float32 if self.exact else tl.float16,
+            {
+                **common,
+                "hyper_ptr": self.hyper,
+                "partner_ptr": partner,
+                "residual_ptr": residual,
+                "centre_ptr": centre,
+            },
+            lambda: Launch(
+                _operands_kernel,
+                len(part.operand_tiles),
+                {"num_warps": 4},
+                {
+                    "tiles_ptr": part.operand_tiles,
+                    "pairs_ptr": self.pair_table,
+                    "rank": self.rank,
+                    "BLOCK": configs.operand_rows(self.rank),
+                    "N": configs.narrow_rank(self.rank),
+                    "R": self.width,
+                    "PRODUCTS": columns.products,
+                    "WIDTH": columns.width,
+                    "SPLIT": columns.split,
+                    "DTYPE": tl.float32 if self.exact else tl.float16,
+                },
+            ),
         )
-        common |= {
+        common |= {"hyper_ptr": self.hyper, "inverse_ptr": self.inverse}
+        tile, describe = self.layout.tile, self._descriptor
+        widths = {"main": columns.main, "tail": columns.tail or 16, "halves": self.width}
+        common |= {k: describe(partner, (tile.block_n, v)) for k, v in widths.items()}
+        if not (self.hopper and configs.resident(self.rank)):
+            common["centre_ptr"] = centre
+            for key in ("main", "tail"):
+                common[f"residual_{key}"] = describe(residual, (tile.block_m, widths[key]))
+        self._launch(("update", index), common, lambda: self._update(part))
+
+    def _descriptor(self, tensor: Tensor, block: tuple[int, int]) -> Any:
+        """Describe tiles of a matrix to the tensor memory accelerator."""
+        if self.hopper:
+            return hopper_descriptor(tensor, block)
+        return TensorDescriptor.from_tensor(tensor, list(block))
+
+    def _update(self, part: Part) -> Launch:
+        """Describe the hot loop's launch for this device, rank and precision."""
+        columns, tile = self.packing, self.layout.tile
+        resident = configs.resident(self.rank)
+        options = self._options(tile.warps, tile.registers)
+        fixed = {
             "tiles_ptr": part.update_tiles,
-            "hyper_ptr": self.hyper,
-            "inverse_ptr": self.inverse,
+            "rank": self.rank,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "R": self.width,
             "TAIL": columns.tail,
             "HAS_MASTER": self.param_dtype != torch.float32,
             "PARAM_DTYPE": DTYPES[self.param_dtype],
         }
-        self._update(("update", index), len(part.update_tiles), common, partner, residual, centre)
-
-    def _update(
-        self,
-        name: tuple,
-        grid: int,
-        common: dict[str, Any],
-        partner: Tensor,
-        residual: Tensor,
-        centre: Tensor,
-    ) -> None:
-        """Run the hot loop's kernel for this device, rank and precision."""
-        columns, tile = self.packing, self.layout.tile
-        resident = configs.resident(self.rank)
-        describe = hopper_descriptor if self.hopper else TensorDescriptor.from_tensor
-        widths = {"main": columns.main, "tail": columns.tail or 16, "halves": self.width}
-        common |= {k: describe(partner, [tile.block_n, v]) for k, v in widths.items()}
-        common |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-        if not (resident and self.hopper):
-            common["centre_ptr"] = centre
-            for key in ("main", "tail"):
-                common[f"residual_{key}"] = describe(residual, [tile.block_m, widths[key]])
-        options = self._options(tile.warps, tile.registers)
-        if self.hopper and resident:
-            self._launch(
-                _update_hopper_kernel,
-                name,
-                grid,
-                options,
-                **common,
-                pairs_ptr=self.pair_table,
-                MAIN=columns.main,
-                SPLIT=columns.split,
-                STAGES=tile.stages,
-            )
-        elif self.hopper:
-            self._launch(
-                _update_hopper_wide_kernel,
-                name,
-                grid,
-                options,
-                **common,
-                BLOCKS=columns.blocks,
-                STAGES=tile.stages,
-                RESIDENT=configs.residual_held(self.rank),
-            )
+        if self.hopper:
+            fixed["STAGES"] = tile.stages
+            if resident:
+                kernel = _update_hopper_kernel
+                fixed |= {"pairs_ptr": self.pair_table, "MAIN": columns.main}
+                fixed["SPLIT"] = columns.split
+            else:
+                kernel = _update_hopper_wide_kernel
+                fixed |= {"BLOCKS": columns.blocks, "RESIDENT": configs.residual_held(self.rank)}
         else:
-            self._launch(
-                _update_kernel,
-                name,
-                grid,
-                {**options, "num_stages": tile.stages},
-                **common,
-                pairs_ptr=self.pair_table,
-                MAIN=columns.main,
-                BLOCKS=columns.blocks,
-                SPLIT=columns.split,
-                RESIDENT=resident,
-                EXACT=self.exact,
-                ASM=self.cuda,
-            )
+            kernel = _update_kernel
+            options["num_stages"] = tile.stages
+            fixed |= {
+                "pairs_ptr": self.pair_table,
+                "MAIN": columns.main,
+                "BLOCKS": columns.blocks,
+                "SPLIT": columns.split,
+                "RESIDENT": resident,
+                "EXACT": self.exact,
+                "ASM": self.cuda,
+            }
+        return Launch(kernel, len(part.update_tiles), options, fixed)
 
 
 def _fp32(value: float) -> float:

@@ -13,8 +13,26 @@ MAX_RANK = 64
 PADDED_ROWS = 128
 
 
-# Rows that one program of the row-wise kernels (gram, basis) reduces or writes.
-CHUNK_ROWS = 1024
+@dataclass(frozen=True, slots=True)
+class RowTile:
+    """Tile of the row-wise kernels (gram, basis): rows of a program, rows at a time, warps."""
+
+    chunk: int
+    block: int
+    warps: int
+
+
+# Measured on one NVIDIA H200.
+_ROW_TILES = {
+    16: RowTile(512, 16, 1),
+    32: RowTile(256, 32, 4),
+    64: RowTile(256, 32, 4),
+}
+
+
+def row_tile(rank: int) -> RowTile:
+    """Return the tile of `gram` and `basis` for a rank."""
+    return _ROW_TILES[padded_rank(rank)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +63,8 @@ _HOPPER_SHARED = 227 * 1024 - 1024
 # Of `update_hopper`: registers leave room for four or three programs on a multiprocessor; and of
 # `update_hopper_wide`: one program fills the shared memory.
 _HOPPER_TILES = {
-    8: UpdateTile(64, 64, 4, 3, 128),
+    4: UpdateTile(64, 64, 4, 4, 128),
+    8: UpdateTile(64, 64, 4, 4, 168),
     16: UpdateTile(64, 64, 4, 3, 168),
     32: UpdateTile(128, 128, 8, 4),
     64: UpdateTile(128, 128, 8, 5),
@@ -70,12 +89,12 @@ def update_tile(capability: int, rank: int) -> UpdateTile:
 
 def operand_rows(rank: int) -> int:
     """Return the rows of a tile of `operands`: few, where P is to stay cached between its reads."""
-    return 32 if rank <= 8 else 8
+    return 128 if resident(rank) else 8
 
 
 def hopper_tile(rank: int) -> UpdateTile:
     """Return the tile of the hot loop on compute capability 9.0, as deep as memory allows."""
-    tile = _HOPPER_TILES[max(8, 1 << (rank - 1).bit_length())]
+    tile = _HOPPER_TILES[max(4, 1 << (rank - 1).bit_length())]
     if resident(rank):
         return tile
     columns = packing(rank)
@@ -125,8 +144,8 @@ class MomentTile:
 # the backend asks for a newer one.
 _MOMENT_TILES = {
     4: MomentTile(512, 64, 64, 64, 16, 4, 128),
-    8: MomentTile(512, 32, 16, 16, 64, 4, 128),
-    16: MomentTile(128, 32, 8, 16, 128, 4, 128),
+    8: MomentTile(512, 64, 16, 32, 64, 2),
+    16: MomentTile(128, 32, 8, 32, 128, 4, 128),
     32: MomentTile(64, 32, 2, 16, 128, 2),
     64: MomentTile(16, 16, 1, 16, 256, 4),
 }

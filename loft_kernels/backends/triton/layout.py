@@ -98,7 +98,7 @@ def new_layout(
             )
         )
     return Layout(
-        tables.row_tiles(pairs, configs.CHUNK_ROWS).to(device),
+        tables.row_tiles(pairs, configs.row_tile(rank).chunk).to(device),
         tables.row_tiles(pairs, configs.moment_tile(rank).chunk).to(device),
         places,
         parts,

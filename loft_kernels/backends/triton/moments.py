@@ -92,7 +92,12 @@ def _carry(t, c, c_t, GROUP: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr)
     else:
         up, down = _powers(tl.max(tl.max(tl.abs(t), axis=1), axis=1))
         p, down = p * up[:, None, None], down * _UNSCALE
-    if GROUP == 1:
+    if R == 16:
+        # P and C^T P C are symmetric: both products are of tall matrices with C.
+        p = _dot(tl.reshape(p, (GROUP * R, R)), c, EXACT)
+        p = tl.permute(tl.reshape(p, (GROUP, R, R)), (0, 2, 1))
+        p = tl.reshape(_dot(tl.reshape(p, (GROUP * R, R)), c, EXACT), (GROUP, R, R))
+    elif GROUP == 1:
         p = _dot(_dot(c_t, tl.reshape(p, (R, R)), EXACT), c, EXACT)
         p = tl.reshape(p, (1, R, R))
     else:

@@ -3,8 +3,9 @@
 For every partner row j: the products ``(tau Q_j)_i (tau Q_j)_k`` in the order of packed entries,
 and the halves of ``tau Q_j``, in fp16. For every row of the moving factor, above rank 16: the
 centred second moment ``sigma^2 R`` (up to rank 16 it stays in the registers of ``update``). P is
-read twice there, the second time from the cache. Rows of the triangle are contiguous, so both are
-written row of the triangle by row, without gathers.
+read twice there, the second time from the cache. Rows of the triangle are contiguous, so above rank
+16 both are written row of the triangle by row, without gathers; up to rank 16 the two factors of a
+product are picked out of a block of rows by products with 0 and 1 on the tensor cores.
 
 tau, a power of two near sqrt(partner rows / r), and sigma put the numbers into fp16's range; D
 does not notice. Off-diagonal entries stand once and count twice, which is put into R. The small
@@ -19,7 +20,9 @@ import triton.language as tl
 from loft_kernels.backends.triton.tables import (
     BIAS1,
     BIAS2,
+    BOUND,
     COLUMNS,
+    EPS,
     EXP_AVG,
     MOVES,
     NUMBERS,
@@ -73,8 +76,25 @@ def moment_entries(m_ptr, p_ptr, pairs_ptr, o_row, rows, o_k, rank, bias1, bias2
 
 
 @triton.jit
-def centre_of(p_sq, mpm, m_4):
-    """Return a and sigma^2 of each row from |P|_F^2, m P m^T and |m|^4.
+def unit_of(top):
+    """Return what brings the largest entry of P to 1, so that no square of it underflows."""
+    return tl.where(top > 1e-37, 1.0 / tl.where(top > 1e-37, top, 1.0), 1.0)
+
+
+@triton.jit
+def sums_of(p, m_m, weight, unit):
+    """Return |P|^2, m P m^T and |m|^4 over some packed entries, in units of P's top entry."""
+    p, m_m = p * unit[:, None], m_m * unit[:, None]
+    return (
+        tl.sum(weight * p * p, axis=1),
+        tl.sum(weight * p * m_m, axis=1),
+        tl.sum(weight * m_m * m_m, axis=1),
+    )
+
+
+@triton.jit
+def centre_of(unit, p_sq, mpm, m_4):
+    """Return a and sigma^2 of each row from |P|_F^2, m P m^T and |m|^4 in units of P's top entry.
 
     |R|_F^2 = |P|_F^2 - (m P m^T)^2 / |m|^4. Rounding limits it to about 3e-4 |P|_F; sigma is
     clamped there, which costs fp16 at most 11 bits of range and no accuracy.
@@ -82,8 +102,23 @@ def centre_of(p_sq, mpm, m_4):
     a = tl.where(m_4 > 0, mpm / tl.where(m_4 > 0, m_4, 1.0), 0.0)
     r_sq = tl.maximum(p_sq - a * mpm, p_sq * 2.384185791015625e-07)  # 2^-22
     sigma_sq = tl.where(r_sq > 0, tl.rsqrt(tl.where(r_sq > 0, r_sq, 1.0)), 1.0)
-    # A row whose squares underflow has v = 0 everywhere: eps alone decides, any sigma serves.
-    return a, tl.minimum(sigma_sq, 1e30)
+    # Where P underflows v = 0 everywhere: eps alone decides, any sigma serves.
+    return a, tl.minimum(sigma_sq * unit, 1e30)
+
+
+@triton.jit
+def shrink_of(eps):
+    """Return what the denominators of a row are multiplied by: 1, or less under a large eps.
+
+    D = m~ / eps would leave fp16's range where eps, in units of a row, is far above sqrt(v).
+    """
+    return tl.minimum(1.0, 4096.0 / tl.maximum(eps, 1.0))
+
+
+@triton.jit
+def residual_weight(number_ptr):
+    """Return what R counts: 0 at the first step, where P^ = m^^T m^ and R is rounding alone."""
+    return tl.where(tl.load(number_ptr + BOUND) > 1.0 + 1e-9, 1.0, 0.0)
 
 
 @triton.jit
@@ -120,11 +155,83 @@ def _clear_padding(out_ptr, o_row, width, packed, PRODUCTS: tl.constexpr, DTYPE:
 
 
 @triton.jit
+def _select(x, o_pair, live, EXACT: tl.constexpr):
+    """Return column o_pair[k] of x in column k, zero where not live: a product with 0 and 1."""
+    o_r = tl.arange(0, x.shape[1])
+    chosen = (o_r[:, None] == o_pair[None, :]) & live[None, :]
+    if EXACT:
+        picked = tl.dot(x, tl.where(chosen, 1.0, 0.0), input_precision="ieee")
+    else:
+        # Two halves hold 22 bits, and only one of the products is not zero.
+        high = x.to(tl.float16)
+        chosen = tl.where(chosen, 1.0, 0.0).to(tl.float16)
+        picked = tl.dot((x - high.to(tl.float32)).to(tl.float16), chosen)
+        picked = tl.dot(high, chosen, picked)
+    return picked
+
+
+@triton.jit
+def _select_products(
+    q_ptr,
+    out_ptr,
+    pairs_ptr,
+    o_row,
+    live,
+    rank,
+    tau,
+    R: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Write the packed products of a block of rows, 16 columns at a time, as two selections."""
+    EXACT: tl.constexpr = tl.float32 == DTYPE
+    o_r = tl.arange(0, R)
+    mask = live[:, None] & (o_r < rank)[None, :]
+    q = tl.load(q_ptr + (o_row[:, None] * rank + o_r[None, :]), mask=mask, other=0.0) * tau
+    packed = (rank * (rank + 1)) // 2
+    for first in tl.static_range(0, PRODUCTS, 16):
+        o_k = first + tl.arange(0, 16)
+        i, j = pair_of(pairs_ptr, o_k, packed)
+        products = _select(q, i, o_k < packed, EXACT) * _select(q, j, o_k < packed, EXACT)
+        tl.store(out_ptr + (o_row[:, None] * WIDTH + o_k[None, :]), products.to(DTYPE))
+
+
+@triton.jit
+def _stream_products(
+    q_ptr,
+    out_ptr,
+    o_row,
+    live,
+    rank,
+    tau,
+    N: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Write the packed products of a block of rows, row of the triangle by row."""
+    o_j = tl.arange(0, N)
+    q_ptrs = q_ptr + o_row * rank
+    mask = live[:, None] & (o_j < rank)[None, :]
+    q = tl.load(q_ptrs[:, None] + o_j[None, :], mask=mask, other=0.0) * (tau * tau)
+    # Row i of the triangle: its entries (i, i) .. (i, r - 1) are contiguous.
+    o_out = o_row[:, None] * WIDTH + o_j[None, :]
+    for i in range(0, rank):
+        q_i = tl.load(q_ptrs + i, mask=live, other=0.0)
+        products = (q_i[:, None] * q).to(DTYPE)
+        tl.store(out_ptr + o_out, products, mask=((o_j >= i) & (o_j < rank))[None, :])
+        o_out += rank - 1 - i
+    _clear_padding(out_ptr, o_row, WIDTH, (rank * (rank + 1)) // 2, PRODUCTS, DTYPE)
+
+
+@triton.jit
 def _write_partner(
     row_ptr,
     start,
     partner_rows,
     out_ptr,
+    pairs_ptr,
     rank,
     BLOCK: tl.constexpr,
     N: tl.constexpr,
@@ -138,20 +245,15 @@ def _write_partner(
     basis = tl.load(row_ptr + PARTNER_BASIS)
     q_ptr = basis.to(tl.pointer_type(tl.float32)) + start * rank
     o_row, rows = tl.arange(0, BLOCK), (partner_rows - start).to(tl.int32)
-    live, o_j = o_row < rows, tl.arange(0, N)
+    live = o_row < rows
     tau = scale_of(partner_rows, rank)
     out_ptr += (tl.load(row_ptr + PARTNER_ROW) + start) * WIDTH
-    q_ptrs = q_ptr + o_row * rank
-    mask = live[:, None] & (o_j < rank)[None, :]
-    q = tl.load(q_ptrs[:, None] + o_j[None, :], mask=mask, other=0.0) * (tau * tau)
-    # Row i of the triangle: its entries (i, i) .. (i, r - 1) are contiguous.
-    o_out = o_row[:, None] * WIDTH + o_j[None, :]
-    for i in range(0, rank):
-        q_i = tl.load(q_ptrs + i, mask=live, other=0.0)
-        products = (q_i[:, None] * q).to(DTYPE)
-        tl.store(out_ptr + o_out, products, mask=((o_j >= i) & (o_j < rank))[None, :])
-        o_out += rank - 1 - i
-    _clear_padding(out_ptr, o_row, WIDTH, (rank * (rank + 1)) // 2, PRODUCTS, DTYPE)
+    if R == 16:
+        _select_products(
+            q_ptr, out_ptr, pairs_ptr, o_row, live, rank, tau, R, PRODUCTS, WIDTH, DTYPE
+        )
+    else:
+        _stream_products(q_ptr, out_ptr, o_row, live, rank, tau, N, PRODUCTS, WIDTH, DTYPE)
     o_col = tl.arange(0, R)
     high, low, part = load_half(q_ptr, o_row, rows, o_col, rank, tau, SPLIT, DTYPE)
     out = out_ptr + o_row[:, None] * WIDTH + PRODUCTS + o_col[None, :]
@@ -166,7 +268,9 @@ def _write_partner(
 def _write_residual(
     row_ptr,
     number_ptr,
+    hyper_ptr,
     start,
+    partner_rows,
     out_ptr,
     centre_ptr,
     rank,
@@ -187,18 +291,28 @@ def _write_residual(
     mask = live[:, None] & (o_j < rank)[None, :]
     m_ptrs = m_ptr + o_row * rank
     m = tl.load(m_ptrs[:, None] + o_j[None, :], mask=mask, other=0.0) * unbias1
+    # P is positive semidefinite: its largest entry stands on the diagonal.
+    o_diagonal = o_row[:, None] * packed + (o_j * rank - (o_j * (o_j - 1)) // 2)[None, :]
+    diagonal = tl.load(p_ptr + o_diagonal, mask=mask, other=0.0)
+    unit = unit_of(tl.max(diagonal, axis=1) * unbias2)
+    p_scale, m_scale = (unbias2 * unit)[:, None], tl.sqrt(unit)
     p_sq = tl.zeros((BLOCK, N), tl.float32)
     mpm = tl.zeros((BLOCK, N), tl.float32)
     o_p = o_row[:, None] * packed + o_j[None, :]
     for i in range(0, rank):
-        m_i = tl.load(m_ptrs + i, mask=live, other=0.0) * unbias1
-        p = tl.load(p_ptr + o_p, mask=mask & (o_j >= i)[None, :], other=0.0) * unbias2
+        m_i = tl.load(m_ptrs + i, mask=live, other=0.0) * (unbias1 * unit)
+        p = tl.load(p_ptr + o_p, mask=mask & (o_j >= i)[None, :], other=0.0) * p_scale
         weighted = p * tl.where(o_j == i, 1.0, 2.0)[None, :]
         p_sq += weighted * p
         mpm += weighted * (m_i[:, None] * m)
         o_p += rank - 1 - i
-    m_sq = tl.sum(m * m, axis=1)
-    a, sigma_sq = centre_of(tl.sum(p_sq, axis=1), tl.sum(mpm, axis=1), m_sq * m_sq)
+    m_unit = m * m_scale[:, None]
+    m_sq = tl.sum(m_unit * m_unit, axis=1)
+    tau = scale_of(partner_rows, rank)
+    p_sq, mpm = tl.sum(p_sq, axis=1), tl.sum(mpm, axis=1)
+    a, sigma_sq = centre_of(unit, p_sq, mpm, m_sq * m_sq)
+    shrink = shrink_of(tl.load(hyper_ptr + EPS).to(tl.float32) * tau * tl.sqrt(sigma_sq))
+    counts = sigma_sq * shrink * shrink * residual_weight(number_ptr)
     first_row = tl.load(row_ptr + RESIDUAL_ROW) + start
     tl.store(centre_ptr + 2 * (first_row + o_row), a)
     tl.store(centre_ptr + 2 * (first_row + o_row) + 1, sigma_sq)
@@ -209,7 +323,7 @@ def _write_residual(
         m_i = tl.load(m_ptrs + i, mask=live, other=0.0) * unbias1
         p = tl.load(p_ptr + o_p, mask=mask & (o_j >= i)[None, :], other=0.0) * unbias2
         residual = p - (a * m_i)[:, None] * m
-        residual *= sigma_sq[:, None] * tl.where(o_j == i, 1.0, 2.0)[None, :]
+        residual *= counts[:, None] * tl.where(o_j == i, 1.0, 2.0)[None, :]
         kept = ((o_j >= i) & (o_j < rank))[None, :]
         tl.store(out_ptr + o_out, residual.to(DTYPE), mask=kept)
         o_p += rank - 1 - i
@@ -221,8 +335,10 @@ def _write_residual(
 def _operands_kernel(
     table_ptr,
     tiles_ptr,
+    hyper_ptr,
     decision_ptr,
     numbers_ptr,
+    pairs_ptr,
     partner_ptr,
     residual_ptr,
     centre_ptr,
@@ -242,13 +358,14 @@ def _operands_kernel(
     row_ptr = table_ptr + side * COLUMNS
     number_ptr = numbers_ptr + side * NUMBERS
     if (tl.load(number_ptr + MOVES) != 0) & (tl.load(decision_ptr + SKIP) == 0):
+        partner_rows = tl.load(table_ptr + (side ^ 1) * COLUMNS + ROWS)
         if of_partner != 0:
-            partner_rows = tl.load(table_ptr + (side ^ 1) * COLUMNS + ROWS)
             _write_partner(
                 row_ptr,
                 start,
                 partner_rows,
                 partner_ptr,
+                pairs_ptr,
                 rank,
                 BLOCK,
                 N,
@@ -262,7 +379,9 @@ def _operands_kernel(
             _write_residual(
                 row_ptr,
                 number_ptr,
+                hyper_ptr,
                 start,
+                partner_rows,
                 residual_ptr,
                 centre_ptr,
                 rank,

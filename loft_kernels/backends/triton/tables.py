@@ -8,6 +8,7 @@ addresses, strides and sizes; every kernel serves all pairs of a bucket through 
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,7 +138,8 @@ def with_moving_entries(table: Tensor, moving: Moving, before: Moving | None) ->
     """
     table = table.clone()
     addresses, strides, scalings = moving
-    table[:, GRAD.value] = torch.tensor(addresses)
+    # torch.tensor reads a list twice as slowly.
+    table[:, GRAD.value] = torch.frombuffer(array("q", addresses), dtype=torch.int64)
     if before is None or strides != before[1]:
         stored = torch.tensor([s or (0, 0) for s in strides])
         # Sides alternate between B, whose rows are stored rows, and A, whose rows are columns.

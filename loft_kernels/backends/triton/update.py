@@ -26,7 +26,11 @@ from loft_kernels.backends.triton.operands import (
     from_row,
     load_half,
     moment_entries,
+    residual_weight,
     scale_of,
+    shrink_of,
+    sums_of,
+    unit_of,
 )
 from loft_kernels.backends.triton.tables import (
     BIAS1,
@@ -89,7 +93,7 @@ def two_entries(m, v, eps):
 def guarded(m, dot, a, floor):
     """Return v: the centred sum, held at or above m~^2 / bound, and above 0."""
     m_sq = m * m
-    return tl.maximum(a[:, None] * m_sq + dot, m_sq * floor + 1e-37)
+    return tl.maximum(a[:, None] * m_sq + dot, m_sq * floor[:, None] + 1e-37)
 
 
 @triton.jit
@@ -151,6 +155,8 @@ def _residual_rows(
     rank,
     bias1,
     bias2,
+    counts,
+    eps,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -159,23 +165,26 @@ def _residual_rows(
     o_k = tl.arange(0, MAIN)
     p, m_m, weight = moment_entries(m_ptr, p_ptr, pairs_ptr, o_row, rows, o_k, rank, bias1, bias2)
     weight = weight[None, :]
-    p_sq = tl.sum(weight * p * p, axis=1)
-    mpm = tl.sum(weight * p * m_m, axis=1)
-    m_4 = tl.sum(weight * m_m * m_m, axis=1)
+    top = tl.max(tl.abs(p), axis=1)
     if TAIL > 0:
         o_t = MAIN + tl.arange(0, TAIL)
         p_t, m_m_t, weight_t = moment_entries(
             m_ptr, p_ptr, pairs_ptr, o_row, rows, o_t, rank, bias1, bias2
         )
         weight_t = weight_t[None, :]
-        p_sq += tl.sum(weight_t * p_t * p_t, axis=1)
-        mpm += tl.sum(weight_t * p_t * m_m_t, axis=1)
-        m_4 += tl.sum(weight_t * m_m_t * m_m_t, axis=1)
-    a, sigma_sq = centre_of(p_sq, mpm, m_4)
-    main = ((p - a[:, None] * m_m) * (sigma_sq[:, None] * weight)).to(DTYPE)
+        top = tl.maximum(top, tl.max(tl.abs(p_t), axis=1))
+    unit = unit_of(top)
+    p_sq, mpm, m_4 = sums_of(p, m_m, weight, unit)
+    if TAIL > 0:
+        more = sums_of(p_t, m_m_t, weight_t, unit)
+        p_sq, mpm, m_4 = p_sq + more[0], mpm + more[1], m_4 + more[2]
+    a, sigma_sq = centre_of(unit, p_sq, mpm, m_4)
+    shrink = shrink_of(eps * tl.sqrt(sigma_sq))
+    counts *= (shrink * shrink * sigma_sq)[:, None]
+    main = ((p - a[:, None] * m_m) * (counts * weight)).to(DTYPE)
     tail = main
     if TAIL > 0:
-        tail = ((p_t - a[:, None] * m_m_t) * (sigma_sq[:, None] * weight_t)).to(DTYPE)
+        tail = ((p_t - a[:, None] * m_m_t) * (counts * weight_t)).to(DTYPE)
     return a, sigma_sq, main, tail
 
 
@@ -221,6 +230,7 @@ def _update_kernel(
         bias1 = tl.load(numbers_ptr + side * NUMBERS + BIAS1).to(tl.float32)
         bias2 = tl.load(numbers_ptr + side * NUMBERS + BIAS2).to(tl.float32)
         floor = (1.0 / tl.load(numbers_ptr + side * NUMBERS + BOUND)).to(tl.float32)
+        counts = residual_weight(numbers_ptr + side * NUMBERS)
         m_ptr = tl.load(row_ptr + EXP_AVG).to(tl.pointer_type(tl.float32))
         p_ptr = tl.load(row_ptr + SECOND_MOMENT).to(tl.pointer_type(tl.float32))
         m_ptr, p_ptr, left = from_row(m_ptr, p_ptr, rows, start, rank)
@@ -228,9 +238,22 @@ def _update_kernel(
         tau = scale_of(partner_rows, rank)
 
         # The rows' operands: sigma m in two halves, and the residual.
+        eps = tl.load(hyper_ptr + EPS).to(tl.float32) * tau
         if RESIDENT:
             a, sigma_sq, r_main, r_tail = _residual_rows(
-                m_ptr, p_ptr, pairs_ptr, o_row, left, rank, bias1, bias2, MAIN, TAIL, OPERAND
+                m_ptr,
+                p_ptr,
+                pairs_ptr,
+                o_row,
+                left,
+                rank,
+                bias1,
+                bias2,
+                counts,
+                eps,
+                MAIN,
+                TAIL,
+                OPERAND,
             )
         else:
             first = tl.load(row_ptr + RESIDUAL_ROW) + start
@@ -238,7 +261,8 @@ def _update_kernel(
             sigma_sq = tl.load(centre_ptr + 2 * (first + o_row) + 1)
             o_residual = first.to(tl.int32)
         sigma = tl.sqrt(sigma_sq)
-        eps = tl.load(hyper_ptr + EPS).to(tl.float32) * sigma * tau
+        shrink = shrink_of(eps * sigma)
+        a, floor, eps = a * shrink * shrink, floor * shrink * shrink, eps * sigma * shrink
         m_high, m_low, part = load_half(
             m_ptr, o_row, left, tl.arange(0, R), rank, sigma[:, None] / bias1, SPLIT, OPERAND
         )
@@ -248,7 +272,12 @@ def _update_kernel(
             m_low = tl.where((part == 0)[None, :], m_low, 0.0)
 
         o_partner = tl.load(row_ptr + PARTNER_ROW).to(tl.int32)
+        # Thousands of additions to one accumulator drift: tensor cores truncate what they add, by
+        # 2^-24 of the sum each time. So D Q is added up over a few tiles, and these sums apart.
+        FLUSH: tl.constexpr = 2 if EXACT else 8
         acc = tl.zeros((BLOCK_M, R), tl.float32)
+        projected = tl.zeros((BLOCK_M, R), tl.float32)
+        rest = tl.zeros((BLOCK_M, R), tl.float32)  # what rounding took from projected
         for j in range(0, partner_rows.to(tl.int32), BLOCK_N):
             q = halves.load([o_partner + j, PRODUCTS])
             m_tile = tl.dot(m_high, tl.trans(q), input_precision=PRECISION)
@@ -275,13 +304,23 @@ def _update_kernel(
                     product = tail.load([o_partner + j, BLOCKS * MAIN])
                     dot = tl.dot(rows_of, tl.trans(product), dot, input_precision=PRECISION)
             d = _entries(m_tile, dot, a, floor, eps, EXACT, ASM)
-            acc = tl.dot(d, q, acc, input_precision=PRECISION)
+            keep = tl.where((j // BLOCK_N) % FLUSH == 0, 0.0, 1.0)
+            flushed = acc * (1.0 - keep)
+            if EXACT:
+                total = projected + flushed
+                added = total - projected
+                rest += (projected - (total - added)) + (flushed - added)
+                projected = total
+            else:
+                projected += flushed
+            acc = tl.dot(d, q, acc * keep, input_precision=PRECISION)
+        projected += acc + rest
 
         # In fp64, because L^+ carries the partner's condition.
         o_r = tl.arange(0, R)
         inverse = tl.load(inverse_ptr + (side ^ 1) * R * R + o_r[:, None] * R + o_r[None, :])
         live = (o_r < rank)[None, :]
-        projected = tl.where(live, acc / tau, 0.0).to(tl.float64)
+        projected = tl.where(live, projected * (shrink / tau)[:, None], 0.0).to(tl.float64)
         direction = tl.dot(projected, inverse, out_dtype=tl.float64)
         move_rows(
             row_ptr,

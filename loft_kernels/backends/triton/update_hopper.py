@@ -9,6 +9,8 @@ multiprocessor, so that one's entries hide another's products.
 
 from __future__ import annotations
 
+from functools import cache
+
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
@@ -27,7 +29,11 @@ from loft_kernels.backends.triton.operands import (
     from_row,
     load_half,
     moment_entries,
+    residual_weight,
     scale_of,
+    shrink_of,
+    sums_of,
+    unit_of,
 )
 from loft_kernels.backends.triton.tables import (
     BIAS1,
@@ -49,10 +55,19 @@ from loft_kernels.backends.triton.update import guarded, move_rows, two_entries
 fetch_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
-def hopper_descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    """Describe tiles of a matrix to the tensor memory accelerator."""
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.float16)
-    return TensorDescriptor.from_tensor(tensor, block, layout)
+@cache
+def _tile_layout(block: tuple[int, int]) -> gl.NVMMASharedLayout:
+    """Return how a tile lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), gl.float16)
+
+
+def hopper_descriptor(tensor: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """Describe tiles of an fp16 matrix to the tensor memory accelerator."""
+    return TensorDescriptor.from_tensor(tensor, list(block), _tile_layout(block))
+
+
+# Tiles whose D Q is added up in one accumulator; see ``update``.
+FLUSH = gl.constexpr(8)
 
 
 @gluon.jit
@@ -186,27 +201,35 @@ def _update_hopper_kernel(
             m_ptr, p_ptr, pairs_ptr, o_row, left, o_k, rank, bias1, bias2
         )
         weight = weight[None, :]
-        p_sq = gl.sum(weight * p * p, axis=1)
-        mpm = gl.sum(weight * p * m_m, axis=1)
-        m_4 = gl.sum(weight * m_m * m_m, axis=1)
-        o_row16 = gl.arange(0, BLOCK_M, gl.SliceLayout(1, by_16))
+        top = gl.max(gl.abs(p), axis=1)
+        rowwise: gl.constexpr = gl.SliceLayout(1, by_main)
+        rowwise16: gl.constexpr = gl.SliceLayout(1, by_16)
+        o_row16 = gl.arange(0, BLOCK_M, rowwise16)
         o_16 = gl.arange(0, 16, gl.SliceLayout(0, by_16))
         if TAIL > 0:
             p_t, m_m_t, weight_t = moment_entries(
                 m_ptr, p_ptr, pairs_ptr, o_row16, left, MAIN + o_16, rank, bias1, bias2
             )
             weight_t = weight_t[None, :]
-            rowwise: gl.constexpr = gl.SliceLayout(1, by_main)
-            p_sq += gl.convert_layout(gl.sum(weight_t * p_t * p_t, axis=1), rowwise)
-            mpm += gl.convert_layout(gl.sum(weight_t * p_t * m_m_t, axis=1), rowwise)
-            m_4 += gl.convert_layout(gl.sum(weight_t * m_m_t * m_m_t, axis=1), rowwise)
-        a, sigma_sq = centre_of(p_sq, mpm, m_4)
-        r_main = (p - a[:, None] * m_m) * (sigma_sq[:, None] * weight)
-        r_main = gl.convert_layout(r_main.to(gl.float16), left_wide)
-        a16 = gl.convert_layout(a, gl.SliceLayout(1, by_16))
-        sigma_sq16 = gl.convert_layout(sigma_sq, gl.SliceLayout(1, by_16))
+            top = gl.maximum(top, gl.convert_layout(gl.max(gl.abs(p_t), axis=1), rowwise))
+        unit = unit_of(top)
+        p_sq, mpm, m_4 = sums_of(p, m_m, weight, unit)
         if TAIL > 0:
-            r_tail = (p_t - a16[:, None] * m_m_t) * (sigma_sq16[:, None] * weight_t)
+            more = sums_of(p_t, m_m_t, weight_t, gl.convert_layout(unit, rowwise16))
+            p_sq += gl.convert_layout(more[0], rowwise)
+            mpm += gl.convert_layout(more[1], rowwise)
+            m_4 += gl.convert_layout(more[2], rowwise)
+        a, sigma_sq = centre_of(unit, p_sq, mpm, m_4)
+        eps = gl.load(hyper_ptr + EPS).to(gl.float32) * tau
+        shrink = shrink_of(eps * gl.sqrt(sigma_sq))
+        counts = sigma_sq * shrink * shrink * residual_weight(numbers_ptr + side * NUMBERS)
+        r_main = (p - a[:, None] * m_m) * (counts[:, None] * weight)
+        r_main = gl.convert_layout(r_main.to(gl.float16), left_wide)
+        a16 = gl.convert_layout(a, rowwise16)
+        sigma_sq16 = gl.convert_layout(sigma_sq, rowwise16)
+        if TAIL > 0:
+            counts16 = gl.convert_layout(counts, rowwise16)
+            r_tail = (p_t - a16[:, None] * m_m_t) * (counts16[:, None] * weight_t)
             r_tail = gl.convert_layout(r_tail.to(gl.float16), left_wide)
 
         # sigma m in two halves, in registers too.
@@ -218,9 +241,10 @@ def _update_hopper_kernel(
             m_low = gl.where((part == 0)[None, :], m_low, gl.full_like(m_low, 0.0))
         m_high = gl.convert_layout(m_high, left_wide)
         m_low = gl.convert_layout(m_low, left_wide)
-        a = gl.convert_layout(a, gl.SliceLayout(1, wide))
-        sigma = gl.sqrt(gl.convert_layout(sigma_sq, gl.SliceLayout(1, wide)))
-        eps = gl.load(hyper_ptr + EPS).to(gl.float32) * sigma * tau
+        a = gl.convert_layout(a * shrink * shrink, gl.SliceLayout(1, wide))
+        floor = gl.convert_layout(floor * shrink * shrink, gl.SliceLayout(1, wide))
+        eps = gl.convert_layout(eps * gl.sqrt(sigma_sq) * shrink, gl.SliceLayout(1, wide))
+        shrink = gl.convert_layout(shrink, gl.SliceLayout(1, narrow))
 
         s_main = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, MAIN], main.layout)
         s_high = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, R], halves.layout)
@@ -260,51 +284,54 @@ def _update_hopper_kernel(
             )
 
         none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, wide)
-        acc = warpgroup_mma_init(gl.zeros([BLOCK_M, R], gl.float32, narrow))
-        for t in range(0, tiles):
-            slot, phase = t % STAGES, (t // STAGES) & 1
-            mbarrier.wait(high_full.index(slot), phase)
-            q = s_high.index(slot)
-            q_t = q.permute((1, 0))
-            m_tile = warpgroup_mma(m_high, q_t, none, use_acc=False, is_async=True)
-            if SPLIT < 3:
-                m_tile = warpgroup_mma(m_low, q_t, m_tile, is_async=True)
-            if SPLIT == 1:
-                mbarrier.wait(low_full.index(slot), phase)
-                low_t = s_low.index(slot).permute((1, 0))
-                m_tile = warpgroup_mma(m_high, low_t, m_tile, is_async=True)
-            mbarrier.wait(main_full.index(slot), phase)
-            main_t = s_main.index(slot).permute((1, 0))
-            dot = warpgroup_mma(r_main, main_t, none, use_acc=False, is_async=True)
-            if TAIL > 0:
-                mbarrier.wait(tail_full.index(slot), phase)
-                tail_t = s_tail.index(slot).permute((1, 0))
-                dot = warpgroup_mma(r_tail, tail_t, dot, is_async=True)
-            m_tile, dot, acc = warpgroup_mma_wait(0, deps=[m_tile, dot, acc])
-            # All products of the tile before are done in every warp: its slot is free.
-            tl.debug_barrier()
-            ahead = t + STAGES - 1
-            _fetch(
-                ahead,
-                ahead < tiles,
-                o_partner,
-                main,
-                tail,
-                halves,
-                slots,
-                bars,
-                BLOCK_N,
-                MAIN,
-                TAIL,
-                SPLIT,
-                R,
-                STAGES,
-            )
-            v = guarded(m_tile, dot, a, floor)
-            d = two_entries(m_tile, v, tl.broadcast_to(eps[:, None], m_tile.shape))
-            d = gl.convert_layout(d, left_narrow)
-            acc = warpgroup_mma(d, q, acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        projected = gl.zeros([BLOCK_M, R], gl.float32, narrow)
+        for first_tile in range(0, tiles, FLUSH):
+            acc = warpgroup_mma_init(gl.zeros([BLOCK_M, R], gl.float32, narrow))
+            for t in range(first_tile, gl.minimum(first_tile + FLUSH, tiles)):
+                slot, phase = t % STAGES, (t // STAGES) & 1
+                mbarrier.wait(high_full.index(slot), phase)
+                q = s_high.index(slot)
+                q_t = q.permute((1, 0))
+                m_tile = warpgroup_mma(m_high, q_t, none, use_acc=False, is_async=True)
+                if SPLIT < 3:
+                    m_tile = warpgroup_mma(m_low, q_t, m_tile, is_async=True)
+                if SPLIT == 1:
+                    mbarrier.wait(low_full.index(slot), phase)
+                    low_t = s_low.index(slot).permute((1, 0))
+                    m_tile = warpgroup_mma(m_high, low_t, m_tile, is_async=True)
+                mbarrier.wait(main_full.index(slot), phase)
+                main_t = s_main.index(slot).permute((1, 0))
+                dot = warpgroup_mma(r_main, main_t, none, use_acc=False, is_async=True)
+                if TAIL > 0:
+                    mbarrier.wait(tail_full.index(slot), phase)
+                    tail_t = s_tail.index(slot).permute((1, 0))
+                    dot = warpgroup_mma(r_tail, tail_t, dot, is_async=True)
+                m_tile, dot, acc = warpgroup_mma_wait(0, deps=[m_tile, dot, acc])
+                # All products of the tile before are done in every warp: its slot is free.
+                tl.debug_barrier()
+                ahead = t + STAGES - 1
+                _fetch(
+                    ahead,
+                    ahead < tiles,
+                    o_partner,
+                    main,
+                    tail,
+                    halves,
+                    slots,
+                    bars,
+                    BLOCK_N,
+                    MAIN,
+                    TAIL,
+                    SPLIT,
+                    R,
+                    STAGES,
+                )
+                v = guarded(m_tile, dot, a, floor)
+                d = two_entries(m_tile, v, tl.broadcast_to(eps[:, None], m_tile.shape))
+                d = gl.convert_layout(d, left_narrow)
+                acc = warpgroup_mma(d, q, acc, is_async=True)
+            projected += warpgroup_mma_wait(0, deps=[acc])
+        projected *= shrink[:, None]
         for b in gl.static_range(4):
             for stage in gl.static_range(STAGES):
                 mbarrier.invalidate(bars[b].index(stage))
@@ -313,7 +340,7 @@ def _update_hopper_kernel(
             hyper_ptr,
             inverse_ptr,
             side,
-            acc,
+            projected,
             tau,
             start,
             rows,

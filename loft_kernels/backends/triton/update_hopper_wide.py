@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from loft_kernels.backends.triton.operands import load_half, scale_of
+from loft_kernels.backends.triton.operands import load_half, scale_of, shrink_of
 from loft_kernels.backends.triton.tables import (
     BIAS1,
     BOUND,
@@ -33,7 +33,7 @@ from loft_kernels.backends.triton.tables import (
     SKIP,
 )
 from loft_kernels.backends.triton.update import guarded, two_entries
-from loft_kernels.backends.triton.update_hopper import fetch_tile, project_back
+from loft_kernels.backends.triton.update_hopper import FLUSH, fetch_tile, project_back
 
 
 @gluon.jit
@@ -163,10 +163,12 @@ def _update_hopper_wide_kernel(
         # The rows' operands: sigma m in two halves.
         centre_ptr += 2 * first
         o_row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, wide))
-        a = gl.load(centre_ptr + 2 * o_row)
         eps = gl.sqrt(gl.load(centre_ptr + 2 * o_row + 1))
         eps = eps * gl.load(hyper_ptr + EPS).to(gl.float32) * tau
+        shrink = shrink_of(eps)
+        a = gl.load(centre_ptr + 2 * o_row) * shrink * shrink
         floor = (1.0 / gl.load(numbers_ptr + side * NUMBERS + BOUND)).to(gl.float32)
+        floor, eps = floor * shrink * shrink, eps * shrink
         bias1 = gl.load(numbers_ptr + side * NUMBERS + BIAS1).to(gl.float32)
         m_ptr = gl.load(row_ptr + EXP_AVG).to(gl.pointer_type(gl.float32)) + start * rank
         o_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, by_tile))
@@ -178,64 +180,67 @@ def _update_hopper_wide_kernel(
         m_low = gl.convert_layout(m_low, left_wide)
 
         none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, wide)
-        acc = warpgroup_mma_init(gl.zeros([BLOCK_M, R], gl.float32, narrow))
+        projected = gl.zeros([BLOCK_M, R], gl.float32, narrow)
         mbarrier.wait(held, 0)
-        for t in range(0, tiles):
-            dot = warpgroup_mma_init(none)
-            for c in range(0, BLOCKS):
-                n = t * BLOCKS + c
-                slot = n % STAGES
-                mbarrier.wait(full.index(slot), (n // STAGES) & 1)
-                if not RESIDENT:
-                    mbarrier.wait(residual_full.index(slot), (n // STAGES) & 1)
-                block = s_residual.index(c if RESIDENT else slot)
-                block_t = s_main.index(slot).permute((1, 0))
-                dot = warpgroup_mma(block, block_t, dot, use_acc=c > 0, is_async=True)
-                dot, acc = warpgroup_mma_wait(1, deps=[dot, acc])
-                dot, acc = warpgroup_mma_init(dot), warpgroup_mma_init(acc)
-                # What was multiplied before is free in every warp: a slot of the ring, and at the
-                # first block of a tile the head of the last.
-                tl.debug_barrier()
-                _fetch_block(
-                    n + STAGES - 1,
-                    tiles * BLOCKS,
-                    o_partner,
-                    o_residual,
-                    main,
-                    residual_main,
-                    s_main,
-                    s_residual,
-                    full,
-                    residual_full,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCKS,
-                    STAGES,
-                    RESIDENT,
-                )
-                if c == 0:
-                    row = o_partner + t * BLOCK_N
-                    mbarrier.expect(head, BLOCK_N * (TAIL + 2 * R) * 2)
-                    fetch_tile(tail, [row, 64 * BLOCKS], head, s_tail)
-                    for part in gl.static_range(2):
-                        fetch_tile(
-                            halves,
-                            [row, 64 * BLOCKS + TAIL + part * R],
-                            head,
-                            s_halves.index(part),
-                        )
-            mbarrier.wait(head, t & 1)
-            q = s_halves.index(0)
-            q_t, low_t = q.permute((1, 0)), s_halves.index(1).permute((1, 0))
-            dot = warpgroup_mma(s_rest, s_tail.permute((1, 0)), dot, is_async=True)
-            m_tile = warpgroup_mma(m_high, q_t, none, use_acc=False, is_async=True)
-            m_tile = warpgroup_mma(m_low, q_t, m_tile, is_async=True)
-            m_tile = warpgroup_mma(m_high, low_t, m_tile, is_async=True)
-            m_tile, dot = warpgroup_mma_wait(0, deps=[m_tile, dot])
-            v = guarded(m_tile, dot, a, floor)
-            d = two_entries(m_tile, v, tl.broadcast_to(eps[:, None], m_tile.shape))
-            acc = warpgroup_mma(gl.convert_layout(d, left_narrow), q, acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        for first_tile in range(0, tiles, FLUSH):
+            acc = warpgroup_mma_init(gl.zeros([BLOCK_M, R], gl.float32, narrow))
+            for t in range(first_tile, gl.minimum(first_tile + FLUSH, tiles)):
+                dot = warpgroup_mma_init(none)
+                for c in range(0, BLOCKS):
+                    n = t * BLOCKS + c
+                    slot = n % STAGES
+                    mbarrier.wait(full.index(slot), (n // STAGES) & 1)
+                    if not RESIDENT:
+                        mbarrier.wait(residual_full.index(slot), (n // STAGES) & 1)
+                    block = s_residual.index(c if RESIDENT else slot)
+                    block_t = s_main.index(slot).permute((1, 0))
+                    dot = warpgroup_mma(block, block_t, dot, use_acc=c > 0, is_async=True)
+                    dot, acc = warpgroup_mma_wait(1, deps=[dot, acc])
+                    dot, acc = warpgroup_mma_init(dot), warpgroup_mma_init(acc)
+                    # What was multiplied before is free in every warp: a slot of the ring, and at
+                    # the first block of a tile the head of the last.
+                    tl.debug_barrier()
+                    _fetch_block(
+                        n + STAGES - 1,
+                        tiles * BLOCKS,
+                        o_partner,
+                        o_residual,
+                        main,
+                        residual_main,
+                        s_main,
+                        s_residual,
+                        full,
+                        residual_full,
+                        BLOCK_M,
+                        BLOCK_N,
+                        BLOCKS,
+                        STAGES,
+                        RESIDENT,
+                    )
+                    if c == 0:
+                        row = o_partner + t * BLOCK_N
+                        mbarrier.expect(head, BLOCK_N * (TAIL + 2 * R) * 2)
+                        fetch_tile(tail, [row, 64 * BLOCKS], head, s_tail)
+                        for part in gl.static_range(2):
+                            fetch_tile(
+                                halves,
+                                [row, 64 * BLOCKS + TAIL + part * R],
+                                head,
+                                s_halves.index(part),
+                            )
+                mbarrier.wait(head, t & 1)
+                q = s_halves.index(0)
+                q_t, low_t = q.permute((1, 0)), s_halves.index(1).permute((1, 0))
+                dot = warpgroup_mma(s_rest, s_tail.permute((1, 0)), dot, is_async=True)
+                m_tile = warpgroup_mma(m_high, q_t, none, use_acc=False, is_async=True)
+                m_tile = warpgroup_mma(m_low, q_t, m_tile, is_async=True)
+                m_tile = warpgroup_mma(m_high, low_t, m_tile, is_async=True)
+                m_tile, dot = warpgroup_mma_wait(0, deps=[m_tile, dot])
+                v = guarded(m_tile, dot, a, floor)
+                d = two_entries(m_tile, v, tl.broadcast_to(eps[:, None], m_tile.shape))
+                acc = warpgroup_mma(gl.convert_layout(d, left_narrow), q, acc, is_async=True)
+            projected += warpgroup_mma_wait(0, deps=[acc])
+        projected *= gl.convert_layout(shrink, gl.SliceLayout(1, narrow))[:, None]
         for stage in gl.static_range(STAGES):
             mbarrier.invalidate(full.index(stage))
             mbarrier.invalidate(residual_full.index(stage))
@@ -246,7 +251,7 @@ def _update_hopper_wide_kernel(
             hyper_ptr,
             inverse_ptr,
             side,
-            acc,
+            projected,
             tau,
             start,
             rows,

@@ -1,0 +1,80 @@
+"""What each stage of a step has to do: bytes, floating-point operations, special functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from loft_kernels.reference import packed_length
+
+STAGES = ("gram", "solve", "basis", "moments", "operands", "update")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Counts of one stage, summed over all pairs.
+
+    Attributes:
+        bytes: through the memory of the device, every tensor counted once.
+        flop: operations of the products that take the fast matrix units.
+        flop64: operations of fp64 products.
+        special: roots and reciprocals.
+    """
+
+    bytes: float = 0.0
+    flop: float = 0.0
+    flop64: float = 0.0
+    special: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        """Add the counts."""
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)))
+
+
+def work_of(shapes: Sequence[tuple[int, int]], rank: int, *, gpu: bool) -> dict[str, Work]:
+    """Count one step in fp32 with alternation, averaged over both phases.
+
+    With R = sum(m + n) over the pairs, V = sum(m n), r the rank, K = r(r+1)/2:
+
+    * gram: reads factor, gradient and last basis, ``12 r R`` bytes; three products, ``6 r^2 R``
+      fp64 operations.
+    * solve: reads three r x r partial sums of every program of gram, which serves 512 rows up to
+      rank 16 and 256 above, ``24 r^2 R / 512`` bytes.
+    * basis: reads the factor and the last basis, writes the basis, ``12 r R`` bytes; ``2 r^2 R``
+      fp64 operations.
+    * moments: reads gradient, m and P, writes m and P, ``(12 r + 8 K) R`` bytes; g and m C are
+      ``4 r^2 R`` fp64 operations, and C^T P C of the moving side, half the rows, ``4 r^3 R / 2``.
+    * operands (GPU): reads the partner's basis and writes ``K + 2 r`` fp16 numbers a row of it;
+      above rank 16 also reads m and P of the moving side and writes K fp16 numbers a row: of half
+      the rows each.
+    * update: reads P and m (above rank 16 on a GPU: K fp16 numbers and m) and factor of the moving
+      side, writes the factor, and reads the operands once (a CPU: the basis). Per entry of W
+      ``r^2 + 5 r`` operations (v, m~ and the projection) and special functions: a root and, on a
+      GPU, half a reciprocal (one serves two divisions); a CPU divides.
+    """
+    r, k = rank, packed_length(rank)
+    rows, entries = sum(m + n for m, n in shapes), sum(m * n for m, n in shapes)
+    half = rows / 2
+    operand_bytes, residual, moment_bytes = 2 * (k + 2 * r), 2 * k, 4 * (k + r)
+    streamed = moment_bytes
+    operands = Work()
+    if gpu:
+        operands = Work(bytes=(4 * r + operand_bytes) * half)
+        if r > 16:
+            streamed = residual + 4 * r
+            operands += Work(bytes=(moment_bytes + residual) * half)
+    partner = operand_bytes if gpu else 4 * r
+    return {
+        "gram": Work(bytes=12 * r * rows, flop64=6 * r**2 * rows),
+        "solve": Work(bytes=24 * r**2 * rows / (512 if r <= 16 else 256)),
+        "basis": Work(bytes=12 * r * rows, flop64=2 * r**2 * rows),
+        "moments": Work(
+            bytes=(12 * r + 8 * k) * rows, flop64=4 * r**2 * rows, flop=4 * r**3 * half
+        ),
+        "operands": operands,
+        "update": Work(
+            bytes=(streamed + partner + 8 * r) * half,
+            flop=(r**2 + 5 * r) * entries,
+            special=1.5 * entries,
+        ),
+    }
