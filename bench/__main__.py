@@ -3,7 +3,17 @@
 import sys
 from importlib import import_module
 
-COMMANDS = "run", "host", "roofline", "end-to-end", "accuracy", "curves", "report", "sanitize"
+COMMANDS = (
+    "run",
+    "host",
+    "roofline",
+    "end-to-end",
+    "accuracy",
+    "curves",
+    "experiments",
+    "report",
+    "sanitize",
+)
 
 if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
     sys.exit(f"usage: python -m bench {{{','.join(COMMANDS)}}} [options] (--help lists them)")

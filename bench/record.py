@@ -59,7 +59,7 @@ def environment() -> dict[str, Any]:
     """
     told = os.environ.get("LOFT_COMMIT")
     # Rows are appended to files of the tree, which changes nothing that is measured.
-    code = "--", ":/", ":(top,exclude)bench/results"
+    code = "--", ":/", ":(top,exclude)bench/results", ":(top,exclude)docs"
     changes = None if told else _git("status", "--porcelain", "--untracked-files=no", *code)
     cuda = torch.cuda.is_available()
     return {

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import peft
 import torch
-import transformers
 
 import loft_kernels
 
@@ -92,6 +90,10 @@ def plot(runs: Sequence[Run], path: Path) -> None:
 
 def record(runs: Sequence[Run], settings: Mapping[str, object]) -> dict[str, object]:
     """Collect every number of every run, and what it takes to repeat them."""
+    # Imported late: the rest of this module needs neither.
+    import peft
+    import transformers
+
     modules = (loft_kernels, torch, transformers, peft)
     on_gpu = settings["device"] == "cuda"
     return {

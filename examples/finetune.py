@@ -55,15 +55,17 @@ QUICK = {
 }
 
 
-def byte_model(block: int, seed: int) -> torch.nn.Module:
+def byte_model(
+    block: int, seed: int, width: int = 128, layers: int = 3, heads: int = 4
+) -> torch.nn.Module:
     """Make a small GPT-2 that reads bytes, with random weights."""
     torch.manual_seed(seed)
     config = transformers.GPT2Config(
         vocab_size=256,
         n_positions=block,
-        n_embd=128,
-        n_layer=3,
-        n_head=4,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
         # GPT-2's own activation, in one kernel instead of eight.
         activation_function="gelu_pytorch_tanh",
         bos_token_id=None,
@@ -135,6 +137,7 @@ def train(
     batch_size: int,
     seed: int,
     bar: tqdm,
+    evaluations: int = EVALUATIONS,
 ) -> tuple[list[tuple[int, float]], float]:
     """Train for some steps, and look at the held-out loss on the way.
 
@@ -146,13 +149,14 @@ def train(
         batch_size: blocks per step.
         seed: fixes the order of the batches.
         bar: moves by one per step.
+        evaluations: points of the curve, after the one at step 0.
 
     Returns:
         The points (step, held-out loss), and the median time of `optimizer.step()` in ms.
     """
     schedule = warm_up_and_decay(optimizer, steps)
     wait = torch.cuda.synchronize if corpus.train.is_cuda else lambda: None
-    marks = {round(steps * k / EVALUATIONS) for k in range(1, EVALUATIONS + 1)}
+    marks = {round(steps * k / evaluations) for k in range(1, evaluations + 1)}
     curve = [(0, held_out_loss(model, corpus.held_out, batch_size))]
     times = []
     for step, batch in enumerate(batches(corpus.train, batch_size, steps, seed), start=1):
@@ -189,6 +193,19 @@ def compare(
     return runs
 
 
+def pretrained(args: argparse.Namespace, **shape: int) -> torch.nn.Module:
+    """Make a model of bytes and pretrain it on Python source; the shape is :func:`byte_model`'s."""
+    model = byte_model(args.block_size, args.seed, **shape).to(args.device)
+    source = python_source(args.block_size, PRETRAIN_BYTES, args.held_out_blocks).to(args.device)
+    print(f"Pretraining on Python source: {source.description}")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAIN_LR, weight_decay=0.0)
+    steps, batch_size = args.pretrain_steps, args.batch_size
+    with tqdm(total=steps, desc="pretraining", unit="step") as bar:
+        curve, _ = train(model, optimizer, source, steps, batch_size, args.seed, bar)
+    print(f"Held-out loss on Python source: {curve[0][1]:.3f} -> {curve[-1][1]:.3f}")
+    return model
+
+
 def load(args: argparse.Namespace) -> tuple[torch.nn.Module, Corpus, list[str] | str]:
     """Return the model to start from, the text to adapt it to and the names of its LoRA targets."""
     model: torch.nn.Module
@@ -209,14 +226,7 @@ def load(args: argparse.Namespace) -> tuple[torch.nn.Module, Corpus, list[str] |
             held_out_blocks=args.held_out_blocks,
         )
         return model.to(args.device), corpus.to(args.device), "all-linear"
-    model = byte_model(args.block_size, args.seed).to(args.device)
-    source = python_source(args.block_size, PRETRAIN_BYTES, args.held_out_blocks).to(args.device)
-    print(f"Pretraining on Python source: {source.description}")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAIN_LR, weight_decay=0.0)
-    steps, batch_size = args.pretrain_steps, args.batch_size
-    with tqdm(total=steps, desc="pretraining", unit="step") as bar:
-        curve, _ = train(model, optimizer, source, steps, batch_size, args.seed, bar)
-    print(f"Held-out loss on Python source: {curve[0][1]:.3f} -> {curve[-1][1]:.3f}")
+    model = pretrained(args)
     corpus = english_topics(args.block_size, args.held_out_blocks).to(args.device)
     return model, corpus, BYTE_TARGETS
 
