@@ -23,6 +23,7 @@ for library in ("peft", "transformers", "tokenizers", "matplotlib", "tqdm"):
 import finetune  # noqa: E402 - needs those libraries
 import tiny  # noqa: E402 - as above
 
+from bench import record as bench_record  # noqa: E402 - as above
 from bench.experiments import (  # noqa: E402 - needs those libraries
     calibration,
     command,
@@ -41,7 +42,7 @@ from bench.experiments import (  # noqa: E402 - needs those libraries
     transition,
 )
 from bench.experiments.methods import LOFT, METHODS  # noqa: E402 - as above
-from bench.run import environment  # noqa: E402 - as above
+from bench.record import environment  # noqa: E402 - as above
 
 TINY = ["--size", "tiny", "--workers", "1"]
 
@@ -340,7 +341,9 @@ def test_what_benchmarks_write_does_not_make_the_tree_dirty(tmp_path, monkeypatc
         subprocess.run([*git, *words], check=True)
     for path, dirty in zip(files, (False, False, True), strict=True):
         path.write_text("2")
+        bench_record._git.cache_clear()
         assert environment()["dirty"] is dirty, path
+    bench_record._git.cache_clear()
 
 
 def test_every_method_is_what_its_experiment_says():
