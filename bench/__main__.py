@@ -4,8 +4,15 @@ import sys
 from importlib import import_module
 
 COMMANDS = (
-    *("run", "host", "roofline", "end-to-end", "accuracy", "curves", "experiments"),
-    *("report", "sanitize"),
+    "run",
+    "host",
+    "roofline",
+    "end-to-end",
+    "accuracy",
+    "curves",
+    "experiments",
+    "report",
+    "sanitize",
 )
 
 if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

@@ -58,7 +58,7 @@ def environment() -> dict[str, Any]:
     commit it is; nothing then says whether it was changed, and ``dirty`` is None.
     """
     told = os.environ.get("LOFT_COMMIT")
-    # Rows and figures go to files of the tree, which changes nothing that is measured.
+    # Rows are appended to files of the tree, which changes nothing that is measured.
     code = "--", ":/", ":(top,exclude)bench/results", ":(top,exclude)docs"
     changes = None if told else _git("status", "--porcelain", "--untracked-files=no", *code)
     cuda = torch.cuda.is_available()

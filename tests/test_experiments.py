@@ -23,7 +23,7 @@ for library in ("peft", "transformers", "tokenizers", "matplotlib", "tqdm"):
 import finetune  # noqa: E402 - needs those libraries
 import tiny  # noqa: E402 - as above
 
-from bench import record as rows  # noqa: E402 - as above
+from bench import record as bench_record  # noqa: E402 - as above
 from bench.experiments import (  # noqa: E402 - needs those libraries
     calibration,
     command,
@@ -42,6 +42,7 @@ from bench.experiments import (  # noqa: E402 - needs those libraries
     transition,
 )
 from bench.experiments.methods import LOFT, METHODS  # noqa: E402 - as above
+from bench.record import environment  # noqa: E402 - as above
 
 TINY = ["--size", "tiny", "--workers", "1"]
 
@@ -334,16 +335,15 @@ def test_what_benchmarks_write_does_not_make_the_tree_dirty(tmp_path, monkeypatc
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("1")
     monkeypatch.chdir(tmp_path)
-    for name in ("GIT_DIR", "LOFT_COMMIT"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("GIT_DIR", raising=False)
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.invalid", "-c", "commit.gpgsign=false"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
         subprocess.run([*git, *words], check=True)
     for path, dirty in zip(files, (False, False, True), strict=True):
         path.write_text("2")
-        rows._git.cache_clear()
-        assert rows.environment()["dirty"] is dirty, path
-    rows._git.cache_clear()
+        bench_record._git.cache_clear()
+        assert environment()["dirty"] is dirty, path
+    bench_record._git.cache_clear()
 
 
 def test_every_method_is_what_its_experiment_says():
