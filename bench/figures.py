@@ -68,22 +68,38 @@ def _speed_groups(kinds: Kinds) -> dict[tuple[str, str], list[Row]]:
 def _draw_speed(pyplot: Any, kinds: Kinds) -> Any:
     """Draw step times over ranks, one panel per shape set."""
     groups = _speed_groups(kinds)
+    across = min(3, len(groups))
+    down = -(-len(groups) // across)
     figure, axes = pyplot.subplots(
-        1, len(groups), figsize=(1.5 + 4.5 * len(groups), 4), squeeze=False, sharey=True
+        down, across, figsize=(1 + 3.6 * across, 3.6 * down), squeeze=False, sharey=True
     )
-    for axis, ((where, shapes), rows) in zip(axes[0], groups.items(), strict=True):
+    for axis in axes.flat[len(groups) :]:
+        axis.remove()
+    handles: dict[str, Any] = {}
+    for axis, ((where, shapes), rows) in zip(axes.flat, groups.items(), strict=False):
         for found in by_rank(rows).values():
             timed = {r: row["ms"]["mean"] for r, row in sorted(found.items()) if "ms" in row}
             name = label(next(iter(found.values()))).split(" (")[0]
             if timed:
-                axis.plot(timed.keys(), timed.values(), marker="o", label=name)
+                # One colour per optimizer in all panels, whichever of them a panel has.
+                colour = f"C{list(handles).index(name) if name in handles else len(handles)}"
+                (handles[name],) = axis.plot(timed.keys(), timed.values(), marker="o", color=colour)
         axis.set(title=f"{shapes}, {where}", xlabel="rank", xscale="log", yscale="log")
         ranks = sorted({row["rank"] for row in rows})
         axis.set_xticks(ranks, [str(r) for r in ranks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15))
-    axes[0][0].set_ylabel("ms per step")
+    for row in axes:
+        row[0].set_ylabel("ms per step")
+    figure.tight_layout()
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        fontsize=7,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        ncols=2,
+    )
     return figure
 
 

@@ -19,6 +19,7 @@ from bench.rows import RESULTS, Row, machine, provenance, read
 from bench.tables import (
     by_rank,
     cell,
+    end_to_end_rows,
     end_to_end_sections,
     host_rows,
     host_section,
@@ -115,12 +116,26 @@ def results_page(kinds: dict[str, list[Row]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+# How the README names the optimizers of a training step.
+TRAINED = {
+    "loft": "LoFT takes",
+    "naive": "the naive loop",
+    "adamw": "fused AdamW on the same adapters (not LoFT)",
+}
+
+
+def of(rows: dict[int, Row], ranks: list[int]) -> list[Row]:
+    """Return the rows of some ranks, empty ones where there is none."""
+    return [rows.get(rank, {}) for rank in ranks]
+
+
 def speed_block(kinds: dict[str, list[Row]]) -> str:
     """Write what stands between the README's markers."""
     groups = {k: v for k, v in run_rows(kinds).items() if k[1] == SHAPES and v[0].get("gpu")}
     parts = []
     for (where, _), rows in groups.items():
         parts += [_speed_of(where, rows), *_triton_sentences(rows), provenance(rows)]
+    parts += _training_sentences(kinds)
     host = host_rows(kinds)
     if host:
         parts.append(_host_sentence(host))
@@ -135,6 +150,9 @@ def _speed_of(where: str, rows: list[Row]) -> str:
         for found in by_rank(rows).values()
     ]
     own = by_rank(rows).get("triton", {})
+    if any("kernel_ms" in row for row in own.values()):
+        alone = [number(row["kernel_ms"]) if "kernel_ms" in row else "" for row in of(own, ranks)]
+        lines.insert(1, ["its kernels alone, ms", *alone])
     memory = [size(own[r]["peak_extra_bytes"]) if "ms" in own.get(r, {}) else "" for r in ranks]
     if any(memory):
         lines.append(["extra peak memory of a step, Triton", *memory])
@@ -160,6 +178,25 @@ def _triton_sentences(rows: list[Row]) -> list[str]:
         f"{number(host[0])} to {number(host[-1])} ms\nof host work, part of it hidden behind the "
         "device."
     ]
+
+
+def _training_sentences(kinds: dict[str, list[Row]]) -> list[str]:
+    """Say what the optimizer's share of a whole training step is."""
+    said = []
+    for (where, layers, hidden, rank, batch, length), rows in end_to_end_rows(kinds).items():
+        timed = {row["optimizer"]: row for row in rows if "step_ms" in row}
+        shares = ", ".join(
+            f"{about} {number(timed[name]['optimizer_ms']['mean'])} ms "
+            f"({100 * timed[name]['optimizer_share']:.1f} % of the step)"
+            for name, about in TRAINED.items()
+            if name in timed
+        )
+        said.append(
+            f"In a training step of a Llama with PEFT on {where} ({layers} layers, hidden "
+            f"{hidden}, r={rank}, {batch} x {length} tokens, bf16 base), with clipping: {shares}. "
+            f"{provenance(rows)}"
+        )
+    return said
 
 
 def _host_sentence(rows: list[Row]) -> str:

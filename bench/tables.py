@@ -150,7 +150,8 @@ def losses(rows: list[Row]) -> list[str]:
             said.append(f"Faster than LoFT's step: {rival}, by factors of {times}.")
     for row in rows:
         if reason := row.get("skipped") or row.get("error"):
-            said.append(f"Not timed: {label(row)} at r={row['rank']}: {reason}.")
+            # An allocator's message goes on about its settings.
+            said.append(f"Not timed: {label(row)} at r={row['rank']}: {reason.split('. ')[0]}.")
     return ["\n".join(f"* {line}" for line in said)] if said else []
 
 
@@ -197,16 +198,21 @@ def _stage_cell(row: Row, stage: str) -> str:
     return f"{number(found['ms'])}{share}"
 
 
-def end_to_end_sections(kinds: dict[str, list[Row]]) -> list[str]:
-    """Write what a whole training step takes with each optimizer."""
+def end_to_end_rows(kinds: dict[str, list[Row]]) -> dict[tuple, list[Row]]:
+    """Return the newest training steps by (machine, layers, hidden, rank, batch, length)."""
 
     def setting(row: Row) -> tuple:
         keys = ("layers", "hidden", "rank", "batch", "length")
         return (machine(row), *(row[key] for key in keys))
 
     rows = newest(kinds.get("end-to-end", []), lambda row: (*setting(row), row["optimizer"]))
+    return grouped(rows, setting)
+
+
+def end_to_end_sections(kinds: dict[str, list[Row]]) -> list[str]:
+    """Write what a whole training step takes with each optimizer."""
     sections = []
-    for (where, layers, hidden, rank, batch, length), members in grouped(rows, setting).items():
+    for (where, layers, hidden, rank, batch, length), members in end_to_end_rows(kinds).items():
         lines = []
         for row in members:
             if "step_ms" not in row:

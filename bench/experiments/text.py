@@ -68,7 +68,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "pretrain_steps": 1000,
         "steps": 200,
         "rank": 8,
-        "grid": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2],
+        "grid": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
         "seeds": 3,
         "extensions": 2,
     },
