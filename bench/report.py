@@ -50,6 +50,7 @@ than something else, misses a bar or does not fit stands here like everything el
 | `python -m bench accuracy` | one step against fp64 by shape, rank, dtype and history |
 | `python -m bench curves` | loss curves of two backends from the same start |
 | `python -m bench host` | the CPU's backends side by side |
+| `python -m bench experiments NAME` | the paper's experiments, small on a CPU or full on a GPU |
 | `pytest bench/ --benchmark-only` | stems of a step one by one, the naive form beside each |
 
 Times are means over steps of both phases with fresh gradients, L2 cache turned over, unless they
