@@ -47,7 +47,8 @@ wheel: $(STAMP) ## build sdist and wheel in dist/ and test the wheel without the
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 	  $$(build/clean/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth
 	$(BIN)/python -m pip --python build/clean/bin/python install -q --no-deps --no-index dist/*.whl
-	cd build/clean && bin/python -P -m loft_kernels selftest --require cpu && ls ../../dist
+	cd build/clean && bin/python -P -m loft_kernels selftest --require cpu && bin/python -P -c \
+	  'from loft_kernels.backends.triton import configs; configs.frozen()' && ls ../../dist
 
 # Leaks are not looked for: Python itself leaves memory to the end of the process.
 asan: SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer

@@ -13,6 +13,7 @@ COMMANDS = (
     "experiments",
     "report",
     "sanitize",
+    "tiles",
 )
 
 if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

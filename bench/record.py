@@ -119,10 +119,10 @@ def progress(cases: Sequence[Any], about: str) -> Iterable[Any]:
     return tqdm(cases, desc=about, disable=None)
 
 
-def append(rows: Iterable[dict[str, Any]], out: Path | None) -> None:
-    """Print rows as JSON lines and append them to a file, if one is given."""
+def append(rows: Iterable[dict[str, Any]], out: Path | None, *, show: bool = True) -> None:
+    """Print rows as JSON lines, unless told not to, and append them to a file, if one is given."""
     lines = [json.dumps(row) for row in rows]
-    for line in lines:
+    for line in lines if show else ():
         print(line, flush=True)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)

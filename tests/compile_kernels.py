@@ -75,10 +75,11 @@ def described(rows: int, columns: int, gluon: bool) -> str:
 
 def compile_rows(capability: int, rank: int) -> None:
     """Compile everything but the hot loop."""
-    width, columns, moments = configs.padded_rank(rank), packing(rank), configs.moment_tile(rank)
+    width, columns, architecture = configs.padded_rank(rank), packing(rank), divmod(capability, 10)
+    moments = configs.moment_tile(architecture, rank)
     common = {"R": width, "PARAM_DTYPE": tl.float32, "GRAD_DTYPE": tl.float32}
     common |= {"SIDES": 512, "COUNT_SKIPS": True, "ALTERNATE": True}
-    tile = configs.row_tile(rank)
+    tile = configs.row_tile(architecture, rank)
     common |= {"CHUNK": tile.chunk, "BLOCK_N": tile.block}
     row_warps = {"num_warps": tile.warps}
     compile_kernel(_gram_kernel, capability, common, row_warps)
@@ -109,7 +110,8 @@ def compile_rows(capability: int, rank: int) -> None:
 def compile_hot_loop(capability: int, rank: int, gluon: bool) -> None:
     """Compile the hot loop: the portable kernel, or that of compute capability 9.0."""
     columns, resident = packing(rank), configs.resident(rank)
-    tile = configs.hopper_tile(rank) if gluon else configs.update_tile(capability // 10, rank)
+    tile = configs.update_tile(divmod(capability, 10), rank)
+    tile = configs.hopper_tile(rank) if gluon else tile
     widths = {"main": columns.main, "tail": columns.tail or 16, "halves": columns.half}
     hot = {
         "R": columns.half,

@@ -34,7 +34,8 @@ def contraction(rank: int, rng: torch.Generator) -> Tensor:
 
 def launch(rank: int, grad: Tensor, m: Tensor, p: Tensor, inverse: Tensor, c: Tensor | None, exact):
     """Advance m and P of one side in place; its partner's side is empty."""
-    width, tile, rows = configs.padded_rank(rank), configs.moment_tile(rank), len(grad)
+    width, rows = configs.padded_rank(rank), len(grad)
+    tile = configs.moment_tile(configs.capability_of(torch.device(DEVICE)), rank)
     table = torch.zeros((2, tables.COLUMNS.value), dtype=torch.int64)
     entries = {
         tables.GRAD: grad.data_ptr(),

@@ -65,7 +65,7 @@ class Bucket:
         self.rank, self.param_dtype, self.grad_dtype = key[:3]
         self._plan, self._places = plan, sides
         self.cuda = plan.device.type == "cuda"
-        self.hopper = plan.capability == 9 and not exact
+        self.hopper = plan.capability[0] == 9 and not exact
         self.width = configs.padded_rank(self.rank)
         self.packing = packing(self.rank)
         self.pair_table = plan.constant(("pairs", self.rank), partial(pair_table, self.rank))
@@ -75,11 +75,10 @@ class Bucket:
             tile = configs.hopper_tile(self.rank)
         else:
             tile = configs.update_tile(plan.capability, self.rank)
+        self._row_tile = configs.row_tile(plan.capability, self.rank)
         self.layout = plan.layout(key, pairs, tile)
         self.sides = 2 * len(pairs)
-        self._host_table = tables.address_rows(
-            pairs, configs.row_tile(self.rank).chunk, self.layout.places
-        )
+        self._host_table = tables.address_rows(pairs, self._row_tile.chunk, self.layout.places)
         self._moving: Moving | None = None
         self._values: list[float] = []
         self._launch = Launcher()
@@ -131,7 +130,7 @@ class Bucket:
     def measure(self) -> None:
         """Gram products, then per side the inverse, the transition and the norm."""
         empty = partial(torch.empty, device=self.device)
-        tiles, tile = self.layout.row_tiles, configs.row_tile(self.rank)
+        tiles, tile = self.layout.row_tiles, self._row_tile
         square = (self.sides, self.width, self.width)
         partial_sums = empty((len(tiles), 3, self.width, self.width), dtype=torch.float64)
         self.inverse = empty(square, dtype=torch.float64)
@@ -188,7 +187,7 @@ class Bucket:
         count_skips: bool,
     ) -> None:
         """Take the decision of the step and replace the bases."""
-        tile = configs.row_tile(self.rank)
+        tile = self._row_tile
         moving = {
             "table_ptr": self.table,
             "hyper_ptr": self.hyper,
@@ -237,7 +236,7 @@ class Bucket:
 
     def _moments(self) -> Launch:
         """Describe the launch that advances the moments."""
-        tile = configs.moment_tile(self.rank)
+        tile = configs.moment_tile(self._plan.capability, self.rank)
         return Launch(
             _moments_kernel,
             len(self.layout.moment_tiles),

@@ -1,16 +1,38 @@
-"""Tile sizes per rank: fixed tables, so that every rank of a job runs the same kernels."""
+"""Tile sizes per architecture and rank: frozen, so that every rank of a job runs the same kernels.
+
+The tables stand in ``tiles.json``, by compute capability, table and padded rank; ``python -m bench
+tiles --write`` writes the entries of the GPU it runs on, each with what it was measured on. An
+entry that an architecture does not have is that of ``default``, which no bench writes: its hot loop
+is small enough for 99 KiB of shared memory, its other tiles are those of compute capability 9.0.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from loft_kernels.backends.triton.packing import packing
 
 # The largest rank that has run on a GPU.
 MAX_RANK = 64
 
-# The workspace of a side is padded to a multiple of every block_m and block_n below.
+# The workspace of a side is padded to a multiple of every block_m and block_n of the tables.
 PADDED_ROWS = 128
+
+# Bytes of shared memory that a program of compute capability 9.0 can have, less its barriers.
+_HOPPER_SHARED = 227 * 1024 - 1024
+
+PATH = Path(__file__).with_name("tiles.json")
+
+Capability = tuple[int, int]
+HOPPER = (9, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,19 +42,6 @@ class RowTile:
     chunk: int
     block: int
     warps: int
-
-
-# Measured on one NVIDIA H200.
-_ROW_TILES = {
-    16: RowTile(512, 16, 1),
-    32: RowTile(256, 32, 4),
-    64: RowTile(256, 32, 4),
-}
-
-
-def row_tile(rank: int) -> RowTile:
-    """Return the tile of `gram` and `basis` for a rank."""
-    return _ROW_TILES[padded_rank(rank)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,80 +55,12 @@ class UpdateTile:
     registers: int | None = None
 
 
-# Measured on one NVIDIA H200 (sm_90); the fallback is small enough for 99 KiB of shared memory.
-_UPDATE_TILES = {
-    (9, 8): UpdateTile(64, 64, 4, 3),
-    (9, 16): UpdateTile(64, 64, 4, 3),
-    (9, 32): UpdateTile(64, 128, 4, 4),
-    (9, 64): UpdateTile(128, 128, 8, 4),
-}
-_FALLBACK = UpdateTile(64, 64, 4, 2)
-# fp32 operands take twice the shared memory.
-EXACT_TILE = UpdateTile(64, 64, 4, 2)
-
-# Bytes of shared memory that a program of compute capability 9.0 can have, less its barriers.
-_HOPPER_SHARED = 227 * 1024 - 1024
-
-# Of `update_hopper`: registers leave room for four or three programs on a multiprocessor; and of
-# `update_hopper_wide`: one program fills the shared memory.
-_HOPPER_TILES = {
-    4: UpdateTile(64, 64, 4, 4, 128),
-    8: UpdateTile(64, 64, 4, 4, 168),
-    16: UpdateTile(64, 64, 4, 3, 168),
-    32: UpdateTile(128, 128, 8, 4),
-    64: UpdateTile(128, 128, 8, 5),
-}
-
-
-def padded_rank(rank: int) -> int:
-    """Return the power of two, at least 16, that a contraction over the rank is padded to."""
-    return max(16, 1 << (rank - 1).bit_length())
-
-
-def resident(rank: int) -> bool:
-    """Tell whether a row's residual stays beside the tiles through the hot loop."""
-    return rank <= 16
-
-
-def update_tile(capability: int, rank: int) -> UpdateTile:
-    """Return the tile of the hot loop for a compute capability (its major number) and rank."""
-    width = max(8, 1 << (rank - 1).bit_length())
-    return _UPDATE_TILES.get((capability, width), _FALLBACK)
-
-
-def operand_rows(rank: int) -> int:
-    """Return the rows of a tile of `operands`: few, where P is to stay cached between its reads."""
-    return 128 if resident(rank) else 8
-
-
-def hopper_tile(rank: int) -> UpdateTile:
-    """Return the tile of the hot loop on compute capability 9.0, as deep as memory allows."""
-    tile = _HOPPER_TILES[max(4, 1 << (rank - 1).bit_length())]
-    if resident(rank):
-        return tile
-    columns = packing(rank)
-    rows, partner_rows = tile.block_m, tile.block_n
-    stage = 64 * (partner_rows + (0 if residual_held(rank) else rows))
-    held = 64 * columns.blocks * rows if residual_held(rank) else 0
-    head = partner_rows * (columns.tail + 2 * columns.half)
-    fixed = held + head + rows * (columns.tail + columns.half)
-    left = _HOPPER_SHARED - 2 * fixed
-    return replace(tile, stages=min(tile.stages, left // (2 * stage)))
-
-
-def residual_held(rank: int) -> bool:
-    """Tell whether the residual of a tile of rows fits shared memory (`update_hopper_wide`)."""
-    return rank <= 32
-
-
-def narrow_rank(rank: int) -> int:
-    """Return the power of two, at least 2, that a tile of rows is padded to."""
-    return max(2, 1 << (rank - 1).bit_length())
-
-
 @dataclass(frozen=True, slots=True)
 class MomentTile:
     """Tile of `moments`.
+
+    Triton 3.6 cannot compile fp64 products of 64 rows for sm_100, where the backend asks for a
+    newer one.
 
     Attributes:
         chunk: rows of a program.
@@ -140,17 +81,203 @@ class MomentTile:
     registers: int | None = None
 
 
-# Measured on one NVIDIA H200. Triton 3.6 cannot compile fp64 products of 64 rows for sm_100, where
-# the backend asks for a newer one.
-_MOMENT_TILES = {
-    4: MomentTile(512, 64, 64, 64, 16, 4, 128),
-    8: MomentTile(512, 64, 16, 32, 64, 2),
-    16: MomentTile(128, 32, 8, 32, 128, 4, 128),
-    32: MomentTile(64, 32, 2, 16, 128, 2),
-    64: MomentTile(16, 16, 1, 16, 256, 4),
+Tile = RowTile | UpdateTile | MomentTile
+
+# What an entry of each table is, and the padded ranks of the entries. `hopper` holds the tiles of
+# `update_hopper`, whose registers leave room for four or three programs on a multiprocessor, and
+# of `update_hopper_wide`, one of which fills the shared memory.
+TABLES: dict[str, tuple[type[Tile], tuple[int, ...]]] = {
+    "update": (UpdateTile, (8, 16, 32, 64)),
+    "hopper": (UpdateTile, (4, 8, 16, 32, 64)),
+    "rows": (RowTile, (16, 32, 64)),
+    "moments": (MomentTile, (4, 8, 16, 32, 64)),
 }
 
+# fp32 operands take twice the shared memory.
+EXACT_TILE = UpdateTile(64, 64, 4, 2)
 
-def moment_tile(rank: int) -> MomentTile:
-    """Return the tile of `moments` for a rank."""
-    return _MOMENT_TILES[max(4, 1 << (rank - 1).bit_length())]
+# By capability (None for the defaults), table and padded rank.
+Key = tuple[Capability | None, str, int]
+
+
+def entry_rank(table: str, rank: int) -> int:
+    """Return the padded rank whose entry of a table serves a rank."""
+    return max(TABLES[table][1][0], 1 << (rank - 1).bit_length())
+
+
+def served_ranks(table: str, width: int) -> range:
+    """Return the ranks that the entry of a padded rank serves."""
+    return range(1 if width == TABLES[table][1][0] else width // 2 + 1, width + 1)
+
+
+def _rules(table: str, width: int, tile: Any) -> Iterable[tuple[bool, str]]:
+    """List what the kernels ask of a tile beside powers of two, and whether it holds."""
+    if table == "rows":
+        yield tile.block >= 16, "block is at least 16"
+        yield tile.chunk % tile.block == 0, "chunk is a multiple of block"
+        return
+    yield tile.registers is None or 24 <= tile.registers <= 255, "registers is null or 24 to 255"
+    if table == "moments":
+        yield tile.rows >= 16, "rows is at least 16"
+        yield tile.chunk % tile.rows == 0, "chunk is a multiple of rows"
+        yield max(tile.group, tile.idle) <= tile.rows, "group and idle are at most rows"
+        yield tile.columns >= 16, "columns is at least 16"
+        if width <= 8:
+            yield tile.group >= 16, "group is at least 16 up to rank 8"
+            yield tile.columns >= packing(width).packed, "columns holds a packed row up to rank 8"
+        return
+    yield 16 <= tile.block_m <= PADDED_ROWS, f"block_m is 16 to {PADDED_ROWS}"
+    yield 16 <= tile.block_n <= PADDED_ROWS, f"block_n is 16 to {PADDED_ROWS}"
+    if table == "hopper":
+        yield tile.block_m >= 64, "block_m is at least 64"
+        yield tile.warps == tile.block_m // 16, "warps is block_m / 16"
+        # With one stage a program would wait for what it has yet to fetch.
+        stages = min(_deepest(tile, rank).stages for rank in served_ranks(table, width))
+        yield stages >= 2, "two stages fit shared memory"
+
+
+def fault(table: str, width: int, tile: Tile) -> str | None:
+    """Say why the kernels cannot run a tile of a table and padded rank, or None if they can."""
+    for name, value in asdict(tile).items():
+        if name == "registers" and value is None:
+            continue
+        if type(value) is not int or value < 1:
+            return f"{name} is {value!r}, not a positive number"
+        # Chunks are only walked through in blocks, stages and registers only counted.
+        if name not in ("chunk", "stages", "registers") and value & (value - 1):
+            return f"{name} is {value}, not a power of two"
+    broken = (rule for holds, rule in _rules(table, width, tile) if not holds)
+    rule = next(broken, None)
+    return rule and f"{tile} breaks the rule that {rule}"
+
+
+def _members(value: Any, where: str) -> Iterator[tuple[str, Any, str]]:
+    """Walk through a JSON object: name, value and where that stands."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is no JSON object but {value!r}")
+    for name, inner in value.items():
+        yield name, inner, f"{where}: {name}"
+
+
+def _tile(table: str, width: str, entry: Any, where: str) -> Tile:
+    """Read one entry of a file of tables."""
+    kind, widths = TABLES[table]
+    if width not in map(str, widths):
+        raise ValueError(f"{where}: the padded ranks of {table!r} are {widths}")
+    parts = {name: part for name, part, _ in _members(entry, where)}
+    if "tile" not in parts or not parts.keys() <= {"tile", "measured"}:
+        raise ValueError(f'{where}: an entry is "tile" and perhaps "measured", not {list(parts)}')
+    values = {name: value for name, value, _ in _members(parts["tile"], f"{where}: tile")}
+    wanted = {field.name for field in fields(kind)}
+    if values.keys() != wanted:
+        wrong = sorted(values.keys() ^ wanted)
+        raise ValueError(f"{where}: tile: {', '.join(wrong)} missing or unknown")
+    tile = kind(**values)
+    if why := fault(table, int(width), tile):
+        raise ValueError(f"{where}: {why}")
+    return tile
+
+
+def parse(document: Any) -> dict[Key, Tile]:
+    """Check the content of a file of tables.
+
+    Raises:
+        ValueError: an entry is missing, misshapen or nothing that the kernels can run; the message
+            names it.
+    """
+    found: dict[Key, Tile] = {}
+    for architecture, tables, where in _members(document, PATH.name):
+        number = re.fullmatch(r"([1-9]\d*)\.(\d)", architecture)
+        if number is None and architecture != "default":
+            raise ValueError(f"{where} is neither 'default' nor a compute capability like '9.0'")
+        capability = (int(number[1]), int(number[2])) if number else None
+        for table, entries, inside in _members(tables, where):
+            if table not in TABLES or (table == "hopper" and capability != HOPPER):
+                raise ValueError(f"{inside} is no table of {architecture}")
+            for width, entry, place in _members(entries, inside):
+                tile = _tile(table, width, entry, place)
+                found[capability, table, int(width)] = tile
+    for table, (_, widths) in TABLES.items():
+        owner, name = (HOPPER, "9.0") if table == "hopper" else (None, "default")
+        for padded in widths:
+            if (owner, table, padded) not in found:
+                raise ValueError(f"{PATH.name}: {name}: {table}: {padded} is missing")
+    return found
+
+
+@cache
+def frozen() -> dict[Key, Tile]:
+    """Return the tables, read from the file once."""
+    return parse(json.loads(PATH.read_text(encoding="utf-8")))
+
+
+def capability_of(device: torch.device) -> Capability:
+    """Return the compute capability of a device, (0, 0) where there is no GPU (the interpreter)."""
+    if device.type != "cuda":
+        return (0, 0)
+    return torch.cuda.get_device_capability(device)
+
+
+def entry(capability: Capability, table: str, rank: int) -> Any:
+    """Return the tile of a table that serves a rank on an architecture."""
+    tables, width = frozen(), entry_rank(table, rank)
+    return tables.get((capability, table, width)) or tables[None, table, width]
+
+
+def row_tile(capability: Capability, rank: int) -> RowTile:
+    """Return the tile of `gram` and `basis`."""
+    return entry(capability, "rows", rank)
+
+
+def moment_tile(capability: Capability, rank: int) -> MomentTile:
+    """Return the tile of `moments`."""
+    return entry(capability, "moments", rank)
+
+
+def update_tile(capability: Capability, rank: int) -> UpdateTile:
+    """Return the tile of the portable hot loop."""
+    return entry(capability, "update", rank)
+
+
+def hopper_tile(rank: int) -> UpdateTile:
+    """Return the tile of the hot loop on compute capability 9.0, as deep as memory allows."""
+    return _deepest(entry(HOPPER, "hopper", rank), rank)
+
+
+def _deepest(tile: UpdateTile, rank: int) -> UpdateTile:
+    """Return a tile of `hopper` with as many of its stages as fit beside what a rank holds."""
+    if resident(rank):
+        return tile
+    columns = packing(rank)
+    rows, partner_rows = tile.block_m, tile.block_n
+    stage = 64 * (partner_rows + (0 if residual_held(rank) else rows))
+    held = 64 * columns.blocks * rows if residual_held(rank) else 0
+    head = partner_rows * (columns.tail + 2 * columns.half)
+    fixed = held + head + rows * (columns.tail + columns.half)
+    left = _HOPPER_SHARED - 2 * fixed
+    return replace(tile, stages=min(tile.stages, left // (2 * stage)))
+
+
+def padded_rank(rank: int) -> int:
+    """Return the power of two, at least 16, that a contraction over the rank is padded to."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def narrow_rank(rank: int) -> int:
+    """Return the power of two, at least 2, that a tile of rows is padded to."""
+    return max(2, 1 << (rank - 1).bit_length())
+
+
+def resident(rank: int) -> bool:
+    """Tell whether a row's residual stays beside the tiles through the hot loop."""
+    return rank <= 16
+
+
+def residual_held(rank: int) -> bool:
+    """Tell whether the residual of a tile of rows fits shared memory (`update_hopper_wide`)."""
+    return rank <= 32
+
+
+def operand_rows(rank: int) -> int:
+    """Return the rows of a tile of `operands`: few, where P is to stay cached between its reads."""
+    return 128 if resident(rank) else 8

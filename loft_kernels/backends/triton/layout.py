@@ -60,7 +60,11 @@ def signature(pairs: Sequence[Pair]) -> tuple:
 
 
 def new_layout(
-    rank: int, pairs: Sequence[Pair], device: torch.device, tile: configs.UpdateTile
+    rank: int,
+    pairs: Sequence[Pair],
+    device: torch.device,
+    capability: configs.Capability,
+    tile: configs.UpdateTile,
 ) -> Layout:
     """Lay out tiles and workspace; reads the step counts once, the only synchronisation.
 
@@ -68,6 +72,7 @@ def new_layout(
         rank: of all pairs.
         pairs: of a bucket, with their gradients.
         device: where the tiles go.
+        capability: of the device.
         tile: of the hot loop.
     """
     shapes = [(p.b.param.shape[0], p.a.param.shape[1]) for p in pairs]
@@ -98,8 +103,8 @@ def new_layout(
             )
         )
     return Layout(
-        tables.row_tiles(pairs, configs.row_tile(rank).chunk).to(device),
-        tables.row_tiles(pairs, configs.moment_tile(rank).chunk).to(device),
+        tables.row_tiles(pairs, configs.row_tile(capability, rank).chunk).to(device),
+        tables.row_tiles(pairs, configs.moment_tile(capability, rank).chunk).to(device),
         places,
         parts,
         tile,

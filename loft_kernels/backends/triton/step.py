@@ -67,9 +67,7 @@ class LaunchPlan:
     def __init__(self, device: torch.device) -> None:
         """Start with nothing cached."""
         self.device = device
-        # The major compute capability, 0 where there is no GPU (the interpreter).
-        cuda = device.type == "cuda"
-        self.capability = torch.cuda.get_device_capability(device)[0] if cuda else 0
+        self.capability = configs.capability_of(device)
         self._pairs: Sequence[Pair] | None = None
         self._measured: Sequence[Pair] | None = None
         self._mode: tuple = ()
@@ -187,7 +185,7 @@ class LaunchPlan:
         wanted = signature(pairs)
         cached = self._layouts.get((key, tile))
         if cached is None or cached[0] != wanted:
-            new = new_layout(key[0], pairs, self.device, tile)
+            new = new_layout(key[0], pairs, self.device, self.capability, tile)
             cached = self._layouts[key, tile] = (wanted, new)
         return cached[1]
 
