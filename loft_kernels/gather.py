@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -51,7 +52,10 @@ class Gathered:
         self._factors = [f for pair in pairs for f in (pair.b, pair.a)]
         self._params = [f.param for f in self._factors]
         self._states = [optimizer.state.get(p) for p in self._params]
-        self._moments = self._first_moments()
+        self._owned = [state for state in self._states if state]
+        self._tensors = list(chain.from_iterable(map(dict.values, self._owned)))
+        self._moments = [s["exp_avg"] for s in self._owned]
+        self._moment_addresses = list(map(Tensor.data_ptr, self._moments))
         self._stored = dict(optimizer.state)
         self._scalings = [slot.scaling for slot in optimizer._slots]
         self._places: list[Any] = [scaling.place for scaling in self._scalings]
@@ -121,12 +125,13 @@ class Gathered:
             and len(optimizer.state) >= len(self._stored)
             and all(map(operator.is_, optimizer.state, self._stored))
             and all(map(operator.is_, optimizer.state.values(), self._stored.values()))
-            and all(map(operator.is_, self._first_moments(), self._moments))
+            # Kernels keep the addresses of state: an exchanged tensor calls for new ones, and so
+            # does offloading, which leaves the tensors and gives all of them other memory.
+            and len(state := list(chain.from_iterable(map(dict.values, self._owned))))
+            == len(self._tensors)
+            and all(map(operator.is_, state, self._tensors))
+            and list(map(Tensor.data_ptr, self._moments)) == self._moment_addresses
         )
-
-    def _first_moments(self) -> list[Tensor | None]:
-        """List the first moments, by which an exchanged state shows."""
-        return [None if s is None else s.get("exp_avg") for s in self._states]
 
     def bind(self) -> None:
         """Set the gradients and scalings of this step on the pairs."""
@@ -175,6 +180,7 @@ class Gathered:
         options = [step_options(group) for group in groups]
         if options == self._seen_options:
             return True
+        self.backend = None  # a backend may not serve the new ones
         for pair in self.pairs:
             own = options[pair.b.group]
             if pair.a.group != pair.b.group and options[pair.a.group] != own:

@@ -9,6 +9,8 @@ table lies between bands of NaN.
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 import loft_kernels as lk
 
 pytest.importorskip("triton", reason="the Triton backend is optional")
-from loft_kernels.backends.triton.step import LaunchPlan
+from loft_kernels.backends.triton.launch import Launch, Launcher
+from loft_kernels.backends.triton.step import LaunchPlan, unsupported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BAND = 64  # entries of NaN before and after every tensor
@@ -300,6 +303,114 @@ def test_alternation_may_be_turned_off_and_on_between_steps():
         for p, q, x in zip(module.parameters(), exact.parameters(), before, strict=True):
             # At lr 1e-2 rounding X - lr * update to fp32 is a visible part of the error.
             assert displacement_error(p.detach(), q.detach(), x) <= 2 * DEFAULT_LIMIT
+
+
+@pytest.mark.parametrize("rank", [4, 24])
+def test_betas_may_change_from_the_first_steps_on(rank):
+    """OneCycleLR moves beta1, and with it the bound of m by v, but never makes P of rank one."""
+    case = Case("cycle", shapes=((33, 45),), ranks=(rank,))
+    module, opt = build(case, "ieee")
+    plan = LaunchPlan(torch.device(DEVICE))
+    for step in range(5):
+        betas = (0.95 - 0.025 * step, 0.999)
+        opt.param_groups[0] |= {"betas": betas, "lr": 1.0}
+        set_gradients(module, case, step)
+        exact, exact_opt = twin_of(module, opt, case, torch.float64)
+        exact_opt.param_groups[0] |= {"betas": betas, "lr": 1.0}
+        before = [p.detach().double().clone() for p in module.parameters()]
+        kernel_step(opt, plan)
+        exact_opt.step()
+        for p, q, x in zip(module.parameters(), exact.parameters(), before, strict=True):
+            assert displacement_error(p.detach(), q.detach(), x) <= DEFAULT_LIMIT, step
+
+
+def test_betas_that_let_m_outlive_v_are_left_to_the_reference_path():
+    for betas, served in (((0.9, 0.81), True), ((0.9, 0.8), False), ((0.5, 0.0), False)):
+        case = Case("outlive", options={"betas": betas})
+        module, opt = build(case, "default")
+        set_gradients(module, case, 0)
+        pairs, _ = opt._gather(allocate=True)
+        reason = unsupported(pairs[0])
+        assert (reason is None) == served, betas
+        assert served or "beta1^2 is above beta2" in str(reason)
+
+
+@pytest.mark.parametrize(
+    ("how", "keys"),
+    [
+        ("exchanged", ("second_moment",)),
+        ("exchanged", ("partner_basis",)),
+        ("moved", ("exp_avg", "second_moment", "partner_basis")),
+    ],
+)
+def test_state_that_is_elsewhere_at_the_next_step_is_found(how, keys):
+    """The address table is kept from step to step; memory that was left is full of NaN."""
+    case, ends = Case("elsewhere", shapes=((33, 45),), ranks=(4,)), []
+    for change in (False, True):
+        module, opt = build(case, "ieee")
+        plan = LaunchPlan(torch.device(DEVICE))
+        for step in range(4):
+            set_gradients(module, case, step)
+            kernel_step(opt, plan)
+            for state in opt.state.values() if change and step == 1 else ():
+                for key in keys:
+                    left, value = state[key].data, state[key].clone()
+                    if how == "exchanged":
+                        state[key] = value
+                    else:
+                        state[key].data = value
+                    left.fill_(float("nan"))
+        ends.append([p.detach().clone() for p in module.parameters()])
+    for p, q in zip(*ends, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_options_that_change_ask_again_which_backend_serves():
+    case = Case("again")
+    module, opt = build(case, "default")
+    for step in range(3):
+        set_gradients(module, case, step)
+        opt.step()
+    assert opt._gathered.backend is not None
+    opt.param_groups[0]["betas"] = (0.9, 0.5)
+    set_gradients(module, case, 3)
+    assert opt._gathered.refresh(opt)
+    assert opt._gathered.backend is None
+
+
+class Recorder:
+    """Stands for a kernel, its compiled form and its runner."""
+
+    arg_names = ("x_ptr", "n", "fixed_ptr", "y_ptr", "BLOCK")
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    def __getitem__(self, grid):
+        self.calls.append(grid)
+        return self
+
+    def __call__(self, *arguments, **named):
+        self.calls.append(arguments or named)
+        return self
+
+
+def test_launcher_fills_what_moves_into_the_kernels_order_of_arguments():
+    kernel, launch, fixed = Recorder(), Launcher(), torch.zeros(3)
+    described = Launch(kernel, 7, {"num_warps": 4}, {"n": 5, "fixed_ptr": fixed, "BLOCK": 32})
+    x, y = torch.zeros(2), torch.ones(2)
+    watched = weakref.ref(x)
+    launch("name", {"y_ptr": y, "x_ptr": x}, lambda: described)
+    first = kernel.calls[1]
+    assert kernel.calls[0] == (7,)
+    assert (first["num_warps"], first["n"], first["x_ptr"] is x) == (4, 5, True)
+    kernel.calls.clear()
+    del x, first
+    gc.collect()
+    assert watched() is None, "workspace of the first launch is kept alive"
+    x = torch.zeros(4)
+    launch("name", {"x_ptr": x, "y_ptr": y}, lambda: pytest.fail("described again"))
+    assert kernel.calls == [(x.data_ptr(), 5, fixed.data_ptr(), y.data_ptr(), 32)]
 
 
 def test_two_runs_are_bitwise_equal():

@@ -20,7 +20,6 @@ import triton.language as tl
 from loft_kernels.backends.triton.tables import (
     BIAS1,
     BIAS2,
-    BOUND,
     COLUMNS,
     EPS,
     EXP_AVG,
@@ -32,6 +31,7 @@ from loft_kernels.backends.triton.tables import (
     ROWS,
     SECOND_MOMENT,
     SKIP,
+    STEP,
 )
 
 
@@ -116,9 +116,10 @@ def shrink_of(eps):
 
 
 @triton.jit
-def residual_weight(number_ptr):
+def residual_weight(row_ptr):
     """Return what R counts: 0 at the first step, where P^ = m^^T m^ and R is rounding alone."""
-    return tl.where(tl.load(number_ptr + BOUND) > 1.0 + 1e-9, 1.0, 0.0)
+    step_ptr = tl.load(row_ptr + STEP).to(tl.pointer_type(tl.int64))
+    return tl.where(tl.load(step_ptr) > 1, 1.0, 0.0)
 
 
 @triton.jit
@@ -295,13 +296,14 @@ def _write_residual(
     o_diagonal = o_row[:, None] * packed + (o_j * rank - (o_j * (o_j - 1)) // 2)[None, :]
     diagonal = tl.load(p_ptr + o_diagonal, mask=mask, other=0.0)
     unit = unit_of(tl.max(diagonal, axis=1) * unbias2)
-    p_scale, m_scale = (unbias2 * unit)[:, None], tl.sqrt(unit)
+    m_scale = tl.sqrt(unit)
     p_sq = tl.zeros((BLOCK, N), tl.float32)
     mpm = tl.zeros((BLOCK, N), tl.float32)
     o_p = o_row[:, None] * packed + o_j[None, :]
     for i in range(0, rank):
         m_i = tl.load(m_ptrs + i, mask=live, other=0.0) * (unbias1 * unit)
-        p = tl.load(p_ptr + o_p, mask=mask & (o_j >= i)[None, :], other=0.0) * p_scale
+        p = tl.load(p_ptr + o_p, mask=mask & (o_j >= i)[None, :], other=0.0)
+        p = p * unbias2 * unit[:, None]
         weighted = p * tl.where(o_j == i, 1.0, 2.0)[None, :]
         p_sq += weighted * p
         mpm += weighted * (m_i[:, None] * m)
@@ -312,7 +314,7 @@ def _write_residual(
     p_sq, mpm = tl.sum(p_sq, axis=1), tl.sum(mpm, axis=1)
     a, sigma_sq = centre_of(unit, p_sq, mpm, m_sq * m_sq)
     shrink = shrink_of(tl.load(hyper_ptr + EPS).to(tl.float32) * tau * tl.sqrt(sigma_sq))
-    counts = sigma_sq * shrink * shrink * residual_weight(number_ptr)
+    counts = sigma_sq * shrink * shrink * residual_weight(row_ptr)
     first_row = tl.load(row_ptr + RESIDUAL_ROW) + start
     tl.store(centre_ptr + 2 * (first_row + o_row), a)
     tl.store(centre_ptr + 2 * (first_row + o_row) + 1, sigma_sq)

@@ -27,6 +27,9 @@ def unsupported(pair: Pair) -> str | None:
     options = pair.options
     if options.second_moment != "full" or not options.calibrate:
         return "second_moment='diagonal' and calibrate=False are ablations of the reference path"
+    if options.beta1**2 > options.beta2:
+        # m may outlive sqrt(v) without bound, and D the range of fp16.
+        return f"betas {options.beta1}, {options.beta2}: beta1^2 is above beta2"
     if pair.a.param.shape[0] > configs.MAX_RANK:
         return f"rank {pair.a.param.shape[0]} is above {configs.MAX_RANK}"
     grads = {f.grad.dtype for f in (pair.b, pair.a) if f.grad is not None}

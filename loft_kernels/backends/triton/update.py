@@ -230,7 +230,7 @@ def _update_kernel(
         bias1 = tl.load(numbers_ptr + side * NUMBERS + BIAS1).to(tl.float32)
         bias2 = tl.load(numbers_ptr + side * NUMBERS + BIAS2).to(tl.float32)
         floor = (1.0 / tl.load(numbers_ptr + side * NUMBERS + BOUND)).to(tl.float32)
-        counts = residual_weight(numbers_ptr + side * NUMBERS)
+        counts = residual_weight(row_ptr)
         m_ptr = tl.load(row_ptr + EXP_AVG).to(tl.pointer_type(tl.float32))
         p_ptr = tl.load(row_ptr + SECOND_MOMENT).to(tl.pointer_type(tl.float32))
         m_ptr, p_ptr, left = from_row(m_ptr, p_ptr, rows, start, rank)

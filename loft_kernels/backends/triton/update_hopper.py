@@ -222,7 +222,7 @@ def _update_hopper_kernel(
         a, sigma_sq = centre_of(unit, p_sq, mpm, m_4)
         eps = gl.load(hyper_ptr + EPS).to(gl.float32) * tau
         shrink = shrink_of(eps * gl.sqrt(sigma_sq))
-        counts = sigma_sq * shrink * shrink * residual_weight(numbers_ptr + side * NUMBERS)
+        counts = sigma_sq * shrink * shrink * residual_weight(row_ptr)
         r_main = (p - a[:, None] * m_m) * (counts[:, None] * weight)
         r_main = gl.convert_layout(r_main.to(gl.float16), left_wide)
         a16 = gl.convert_layout(a, rowwise16)
