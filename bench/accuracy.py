@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import loft_kernels as lk
 from bench.histories import BETAS, HISTORIES, History, guard_after, moments, partner_twice
-from bench.record import environment
+from bench.record import environment, largest
 from loft_kernels import reference as ref
 
 SCALING = 0.5
@@ -225,7 +225,7 @@ def state_errors(end: Start, exact: Start, k: int) -> dict[str, float]:
         for key, value in truth.items():
             size = float(value.double().norm())
             error = float((state[key].double() - value.double()).norm())
-            errors[key] = max(errors.get(key, 0.0), error / size if size > 0 else error)
+            errors[key] = largest((errors.get(key, 0.0), error / size if size > 0 else error))
         if "master" in state:
             factor = rows_of(end.pairs[k].side(side), side)
             apart = (factor != state["master"].to(factor.dtype)).sum()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import loft_kernels as lk
-from bench.record import environment
+from bench.record import environment, largest
 
 LIMIT = 1e-3  # largest relative difference of two losses
 EVERY = 10  # steps between two looks at the held-out loss
@@ -165,7 +165,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{backend}: held-out loss {first:.4f} -> {last:.4f}", file=sys.stderr)
     truth, *others = curves.values()
     worst = {
-        name: max(
+        name: largest(
             abs(a - b) / abs(b)
             for curve in others
             for a, b in zip(curve[name], truth[name], strict=True)
@@ -180,7 +180,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "worst_relative_difference": worst,
         "limit": LIMIT,
         "seed": 0,
-        "ok": max(worst.values()) <= LIMIT,
+        "ok": largest(worst.values()) <= LIMIT,
         "curves": curves,
         **environment(),
     }

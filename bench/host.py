@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,13 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     shapes = [(args.size, args.size)]
     load = os.getloadavg()[0]  # of others; this run adds its own
+    failed = False
     for rank in map(int, args.ranks.split(",")):
+        error = parity(CONTENDERS["cpu"], shapes, rank, "cpu")
+        if not error <= CONTENDERS["cpu"].limit:
+            print(f"rank {rank}: parity {error:.1e} > {CONTENDERS['cpu'].limit}: not timed")
+            failed = True
+            continue
         runs = {}
         for name in BACKENDS:
             model = Adapters(shapes, rank, "cpu")
@@ -91,5 +98,6 @@ def main(argv: list[str] | None = None) -> None:
         )
         row |= {"first_step_peak_extra_bytes": extra, "state_bytes": state}
         row["later_step_peak_extra_bytes"] = {k: peak_extra_bytes(*run) for k, run in runs.items()}
-        row["parity_error"] = parity(CONTENDERS["cpu"], shapes, rank, "cpu")
+        row["parity_error"] = error
         append([row | environment()], args.out)
+    sys.exit(int(failed))

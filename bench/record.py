@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -74,6 +75,11 @@ def environment() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
+
+
+def largest(values: Iterable[float]) -> float:
+    """Return the largest of some errors; one that is no number is infinite, and none is 0."""
+    return max((value if value == value else math.inf for value in values), default=0.0)
 
 
 def command(name: str, words: Sequence[str] | None) -> str:

@@ -19,6 +19,7 @@ import torch
 import loft_kernels as lk
 from bench import timing
 from bench.cases import SHAPE_SETS
+from bench.contenders import CONTENDERS, parity
 from bench.problem import Adapters
 from bench.record import append, command, environment, even, progress
 from bench.run import clear
@@ -129,13 +130,20 @@ def measure(
 ) -> dict[str, Any]:
     """Measure one rank."""
     cuda = args.device == "cuda"
-    model = Adapters(shapes, rank, args.device, seed=args.seed)
     backend = "triton" if cuda else "cpu"
+    contender = CONTENDERS[backend]
+    error = parity(contender, sorted(set(shapes)), rank, args.device)
+    if not error <= contender.limit:
+        reason = f"parity {error:.1e} > {contender.limit}: not timed"
+        return {"backend": backend, "rank": rank, "parity_error": error, "error": reason}
+    clear()
+    model = Adapters(shapes, rank, args.device, seed=args.seed)
     opt = lk.LoFTAdamW(model, lr=1e-4, backend=backend)
     step_times = timing.timed(
         opt.step, model.new_gradients, steps=args.steps, warmup=args.warmup, cuda=cuda
     )
-    row: dict[str, Any] = {"backend": backend, "rank": rank, **step_times.row()}
+    row: dict[str, Any] = {"backend": backend, "rank": rank, "parity_error": error}
+    row |= step_times.row()
     total = sum(work_of(shapes, rank, gpu=cuda).values(), Work())
     matrix = "flop16" if cuda else "flop32"
     row["step"] = share(total, row.get("device_ms", row["ms"])["mean"], tops, matrix)

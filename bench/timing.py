@@ -15,10 +15,13 @@ Step = Callable[[], Any]
 
 
 def quantiles(samples: list[float]) -> dict[str, float]:
-    """Summarise samples by p20, p50, p80 and mean."""
+    """Summarise samples by p20, p50, p80, between neighbours where need be, and mean."""
     ordered = sorted(samples)
-    last = len(ordered) - 1
-    found = {f"p{q}": ordered[round(q / 100 * last)] for q in (20, 50, 80)}
+    found = {}
+    for q in (20, 50, 80):
+        below, part = divmod(q * (len(ordered) - 1), 100)
+        above = min(below + 1, len(ordered) - 1)
+        found[f"p{q}"] = ordered[below] + part / 100 * (ordered[above] - ordered[below])
     return {**found, "mean": statistics.fmean(samples)}
 
 

@@ -42,8 +42,9 @@ def work_of(shapes: Sequence[tuple[int, int]], rank: int, *, gpu: bool) -> dict[
       rank 16 and 256 above, ``24 r^2 R / 512`` bytes.
     * basis: reads the factor and the last basis, writes the basis, ``12 r R`` bytes; ``2 r^2 R``
       fp64 operations.
-    * moments: reads gradient, m and P, writes m and P, ``(12 r + 8 K) R`` bytes; g and m C are
-      ``4 r^2 R`` fp64 operations, and C^T P C of the moving side, half the rows, ``4 r^3 R / 2``.
+    * moments: reads gradient, m and P, writes m and P, ``(12 r + 8 K) R`` bytes; g, and m C of
+      the moving side, half the rows, are ``3 r^2 R`` fp64 operations, and C^T P C of that side
+      ``4 r^3 R / 2``.
     * operands (GPU): reads the partner's basis and writes ``K + 2 r`` fp16 numbers a row of it;
       above rank 16 also reads m and P of the moving side and writes K fp16 numbers a row: of half
       the rows each.
@@ -69,7 +70,7 @@ def work_of(shapes: Sequence[tuple[int, int]], rank: int, *, gpu: bool) -> dict[
         "solve": Work(bytes=24 * r**2 * rows / (512 if r <= 16 else 256)),
         "basis": Work(bytes=12 * r * rows, flop64=2 * r**2 * rows),
         "moments": Work(
-            bytes=(12 * r + 8 * k) * rows, flop64=4 * r**2 * rows, flop=4 * r**3 * half
+            bytes=(12 * r + 8 * k) * rows, flop64=3 * r**2 * rows, flop=4 * r**3 * half
         ),
         "operands": operands,
         "update": Work(

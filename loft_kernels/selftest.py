@@ -24,9 +24,9 @@ STEPS = 5
 # Largest error of a factor's displacement, and of a state tensor, relative to the tensor's norm.
 # The Triton kernels multiply in fp16, centred (README, What is promised).
 _MOVED = {"reference": 2e-5, "cpu": 2e-5, "triton": 1e-3}
-# At step 2 P has rank two, and v of a few entries of the weight is below what fp16 resolves. In a
-# weight as small as these that shows: one entry of D is 1/sqrt(m n) of it.
-_SECOND_STEP = 3e-3
+# At step 2 P has rank two, and v of a few entries of the weight is below what fp16 resolves. In
+# weights as small as these a single one shows, by 6e-3 at most in these cases.
+_SECOND_STEP = 1e-2
 _STATE = {torch.float64: 1e-11, torch.float32: 2e-6}
 
 
@@ -80,7 +80,6 @@ def check(backend: str, case: Case, device: str) -> list[str]:
     module = nn.ModuleList(_Pair(*shape, rng) for shape in case.shapes).to(device, case.dtype)
     if case.spoil == "zero":
         nn.init.zeros_(module.get_parameter("0.lora_B"))
-    entry = {str(k): (m * n) ** -0.5 for k, (m, n, _) in enumerate(case.shapes)}
     # A long step: rounding the sum X - lr * update is no error of the update.
     opt = LoFTAdamW(module, lr=1.0, backend=backend, **case.options)
     found = []
@@ -100,7 +99,7 @@ def check(backend: str, case: Case, device: str) -> list[str]:
             moved = p.detach().double() - before[name], twin.detach() - before[name]
             limit = _MOVED[backend] + 2 * torch.finfo(p.dtype).eps * _ratio(p, moved[1])
             if backend == "triton" and step == 1:
-                limit += _SECOND_STEP + entry[name.split(".")[0]]
+                limit += _SECOND_STEP
             found += _compare(f"{case.name}, step {step + 1}: {name}", *moved, limit)
             for key, value in opt.state.get(p, {}).items():
                 if key != "master":

@@ -15,6 +15,7 @@ from bench.experiments.methods import FULL, LOFT, LORA, SIMULTANEOUS, UNCALIBRAT
 from bench.experiments.record import Document, Request, document
 from bench.experiments.study import Run, study
 from bench.problem import Adapter
+from bench.record import largest
 
 COMPARED = (FULL, LORA, LOFT, SIMULTANEOUS, UNCALIBRATED)
 TARGET = {"rows": 1024, "columns": 512, "target_rank": 8}
@@ -143,15 +144,15 @@ def recovery(settings: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
     rows = []
     for name, variant in variants.items():
         curves = [recover(**asked, **variant, seed=seed, device=device) for seed in seeds]
-        distances = [max(column) for column in zip(*curves, strict=True)]
+        distances = [largest(column) for column in zip(*curves, strict=True)]
         limit = LIMITS.get(name)
         rows.append(
             {
                 "arithmetic": name,
-                "largest": max(distances),
+                "largest": largest(distances),
                 "last": distances[-1],
                 "limit": limit,
-                "ok": limit is None or max(distances) <= limit,
+                "ok": limit is None or largest(distances) <= limit,
                 "distances": distances,
             }
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from bench.experiments import cross_term, dynamics, factorisation, memory, text
 from bench.experiments.methods import LOFT, SIMULTANEOUS
 from bench.experiments.record import Document, Request, document
 from bench.experiments.study import Run
+from bench.record import largest
 
 LIMIT = 1e-3  # largest relative difference of two losses at one step
 SIZES: dict[str, dict[str, Any]] = {
@@ -64,6 +66,13 @@ def on_model(
     return trained
 
 
+def apart_by(value: float, exact: float) -> float:
+    """Return the relative difference of two losses."""
+    if exact == 0:
+        return 0.0 if value == 0 else math.inf
+    return abs(value - exact) / abs(exact)
+
+
 def compare(
     trained: Callable[[Mapping[str, Any]], Curve],
     asked: Mapping[str, Any],
@@ -72,11 +81,11 @@ def compare(
     """Train with every backend; the first is the measure of the others."""
     curves = {b: trained({**asked, "backend": b}) for b in backends}
     truth = curves[backends[0]]
-    worst = max(
-        (abs(value - exact) / abs(exact), step)
-        for backend in backends[1:]
-        for (step, value), (_, exact) in zip(curves[backend], truth, strict=True)
-    )
+    apart = {
+        step: largest(apart_by(curves[backend][k][1], exact) for backend in backends[1:])
+        for k, (step, exact) in enumerate(truth)
+    }
+    worst = max((difference, step) for step, difference in apart.items())
     return {
         "largest_relative_difference": worst[0],
         "at_step": worst[1],
