@@ -54,8 +54,9 @@ than something else, misses a bar or does not fit stands here like everything el
 | `pytest bench/ --benchmark-only` | stems of a step one by one, the naive form beside each |
 
 Times are means over steps of both phases with fresh gradients, L2 cache turned over, unless they
-say otherwise; wall time runs from an idle device to an idle device. Rows that were made before a
-field was measured leave its place empty."""
+say otherwise; kernels alone and stages are timed right after the gradients were made. Wall time
+runs from an idle device to an idle device. Rows that were made before a field was measured leave
+its place empty."""
 
 HEADINGS = {
     "Speed of a step": (
@@ -125,9 +126,10 @@ TRAINED = {
 }
 
 
-def of(rows: dict[int, Row], ranks: list[int]) -> list[Row]:
-    """Return the rows of some ranks, empty ones where there is none."""
-    return [rows.get(rank, {}) for rank in ranks]
+def with_kernels(row: Row | None) -> str:
+    """Write a step's wall time and, in brackets, the time that its kernels take alone."""
+    whole = cell(row, "ms")
+    return f"{whole} ({number(row['kernel_ms'])})" if row and "kernel_ms" in row else whole
 
 
 def speed_block(kinds: dict[str, list[Row]]) -> str:
@@ -147,13 +149,10 @@ def _speed_of(where: str, rows: list[Row]) -> str:
     """Write the README's table of one machine."""
     ranks = sorted({row["rank"] for row in rows})
     lines = [
-        [f"{label(next(iter(found.values())))}, ms", *(cell(found.get(r), "ms") for r in ranks)]
+        [f"{label(next(iter(found.values())))}, ms", *(with_kernels(found.get(r)) for r in ranks)]
         for found in by_rank(rows).values()
     ]
     own = by_rank(rows).get("triton", {})
-    if any("kernel_ms" in row for row in own.values()):
-        alone = [number(row["kernel_ms"]) if "kernel_ms" in row else "" for row in of(own, ranks)]
-        lines.insert(1, ["its kernels alone, ms", *alone])
     memory = [size(own[r]["peak_extra_bytes"]) if "ms" in own.get(r, {}) else "" for r in ranks]
     if any(memory):
         lines.append(["extra peak memory of a step, Triton", *memory])
@@ -161,7 +160,7 @@ def _speed_of(where: str, rows: list[Row]) -> str:
     head = (
         f"Whole `opt.step()` on {where}, LLaMA-7B shapes (32 layers; q, k, v, up, down; {pairs} "
         "pairs, fp32\nadapters, fresh gradients every step, mean of both phases, host work "
-        "included):"
+        "included; in brackets the\nkernels alone):"
     )
     return f"{head}\n\n{table(['', *(f'r={r}' for r in ranks)], lines)}"
 

@@ -127,6 +127,17 @@ def spoil(monkeypatch, share: float) -> None:
     monkeypatch.setattr(lk.LoFTAdamW, "step", step)
 
 
+def test_a_loss_that_is_no_number_parts_curves():
+    curves = {"a": [(1, 2.0), (2, 1.0)], "b": [(1, 2.0), (2, math.nan)], "c": [(1, 2.0), (2, 1.0)]}
+
+    def trained(asked):
+        return curves[asked["backend"]]
+
+    found = same_curves.compare(trained, {}, ("a", "b", "c"))
+    assert (found["ok"], found["at_step"]) == (False, 2)
+    assert same_curves.compare(trained, {}, ("a", "c"))["ok"]
+
+
 def test_same_curves_passes(tmp_path, digits, capsys):
     words = ["same-curves", *TINY, "--backends", "reference,cpu", "--out", str(tmp_path)]
     command.main([*words, "--data", str(digits)])

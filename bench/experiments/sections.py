@@ -17,7 +17,7 @@ TITLES = {
     "cross-term": "The cross term of simultaneous updates",
     "memory": "Memory of the second moment against fidelity",
     "calibration": "Is calibration needed?",
-    "same-curves": "Every backend gives the same loss curve",
+    "same-curves": "Backends give the same loss curves",
 }
 ABOUT = {
     "factorisation": (
