@@ -52,7 +52,7 @@ def measure(request: Request) -> Document:
     methods = (FULL, *COMPARED)
     on_matrix = study(train, methods, settings, request.workers, "calibration: matrix")
     # Without other data to look at, the best rate and its loss are one number: no contest.
-    on_matrix["claims"] = []
+    on_matrix["claims"] = None
     on_text = text.compare(COMPARED, request, settings["text"], "calibration: text")
     studies = {"matrix": on_matrix, "text": on_text}
     return document("calibration", request, settings, studies=studies)

@@ -114,8 +114,10 @@ def study_table(study: Mapping[str, Any], reported: str = "test loss") -> str:
     return "\n\n".join(parts)
 
 
-def claims(found: Sequence[str]) -> str:
-    """List the pairs that separate, and say that the others do not."""
+def claims(found: Sequence[str] | None) -> str:
+    """List the pairs that separate, and say that the others do not; None claims nothing."""
+    if found is None:
+        return "The best rate was chosen by the loss shown, so nothing is claimed."
     if not found:
         return "No two methods' 95 % intervals are apart."
     listed = "\n".join(f"* {claim}" for claim in found)
