@@ -75,7 +75,7 @@ def test_the_newest_row_counts(tmp_path, copied):
     new |= {"ms": dict.fromkeys(("p20", "p50", "p80", "mean"), 1.25), "command": "new command"}
     (results / "a.jsonl").write_text(json.dumps(new) + "\n")
     block = report.speed_block(rows.read(results))
-    assert "| 1.25 |" in block
+    assert "| 1.25 (" in block
     assert "`new command`" in block
     assert "z.jsonl" not in block
 
