@@ -25,8 +25,6 @@ from bench.contenders import CONTENDERS, Contender, bytes_needed, parity
 from bench.problem import Adapters
 from bench.record import append, command, environment, even, failure, progress
 
-__all__ = ["environment", "main"]  # the first for what measures other things
-
 
 def too_large(needed: int, device: str) -> str | None:
     """Say that a run cannot fit the device, by its largest tensors alone, or None."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from loft_kernels.backends.triton.configs import HOPPER, row_tile
 from loft_kernels.reference import packed_length
 
 STAGES = ("gram", "solve", "basis", "moments", "operands", "update")
@@ -38,8 +39,8 @@ def work_of(shapes: Sequence[tuple[int, int]], rank: int, *, gpu: bool) -> dict[
 
     * gram: reads factor, gradient and last basis, ``12 r R`` bytes; three products, ``6 r^2 R``
       fp64 operations.
-    * solve: reads three r x r partial sums of every program of gram, which serves 512 rows up to
-      rank 16 and 256 above, ``24 r^2 R / 512`` bytes.
+    * solve: reads three r x r partial sums of every program of gram, ``24 r^2 R / chunk``
+      bytes with the rows of a program from the tile table.
     * basis: reads the factor and the last basis, writes the basis, ``12 r R`` bytes; ``2 r^2 R``
       fp64 operations.
     * moments: reads gradient, m and P, writes m and P, ``(12 r + 8 K) R`` bytes; g, and m C of
@@ -67,7 +68,7 @@ def work_of(shapes: Sequence[tuple[int, int]], rank: int, *, gpu: bool) -> dict[
     partner = operand_bytes if gpu else 4 * r
     return {
         "gram": Work(bytes=12 * r * rows, flop64=6 * r**2 * rows),
-        "solve": Work(bytes=24 * r**2 * rows / (512 if r <= 16 else 256)),
+        "solve": Work(bytes=24 * r**2 * rows / row_tile(HOPPER, r).chunk),
         "basis": Work(bytes=12 * r * rows, flop64=2 * r**2 * rows),
         "moments": Work(
             bytes=(12 * r + 8 * k) * rows, flop64=3 * r**2 * rows, flop=4 * r**3 * half

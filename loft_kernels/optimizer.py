@@ -222,6 +222,8 @@ class LoFTAdamW(Optimizer):
         Only workspace is written; whatever is measured of pairs that fail the check is dropped.
         """
         known = self._gathered
+        if self._plan is not None:
+            self._plan.forget()
         if known is None or self._plan is None or known.backend != ("triton", ""):
             return
         exact = self.precision == "ieee"

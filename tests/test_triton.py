@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import loft_kernels as lk
+from loft_kernels import backends
 
 pytest.importorskip("triton", reason="the Triton backend is optional")
 from loft_kernels.backends.triton.launch import Launch, Launcher
@@ -94,6 +96,8 @@ CASES = [
     # The square of P is below fp32's range.
     Case("tiny-gradients", options={"eps": 0.0}, spoil="tiny"),
     Case("tiny-gradients-r24", ((33, 45),), (24,), options={"eps": 0.0}, spoil="tiny"),
+    Case("tiniest-gradients", spoil="tiniest", rate=1e7),
+    Case("tiniest-gradients-r24", ((33, 45),), (24,), spoil="tiniest", rate=1e7),
     Case("eps-above-all", options={"eps": 1e-3}, spoil="tiny", rate=1e7),
     Case("eps-above-all-r24", ((33, 45),), (24,), options={"eps": 1e-3}, spoil="tiny", rate=1e7),
     Case("simultaneous", options={"alternate": False}),
@@ -125,7 +129,7 @@ def set_gradients(module: nn.ModuleList, case: Case, step: int) -> None:
     mean = torch.Generator().manual_seed(7)
     for p in module.parameters():
         noise = torch.randn(p.shape, generator=rng) + torch.randn(p.shape, generator=mean)
-        size = 1e-11 if case.spoil == "tiny" else 0.1
+        size = {"tiny": 1e-11, "tiniest": 1e-15}.get(case.spoil, 0.1)
         grad = (size * noise).to(device=DEVICE, dtype=p.dtype)
         p.grad = grad.T.contiguous().T if case.spoil == "strided" else grad
     if case.spoil == "missing":
@@ -363,6 +367,31 @@ def test_state_that_is_elsewhere_at_the_next_step_is_found(how, keys):
         ends.append([p.detach().clone() for p in module.parameters()])
     for p, q in zip(*ends, strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_measurement_lives_no_longer_than_its_step(monkeypatch):
+    """What was measured for a step that another path took is not taken for the next one's."""
+
+    def choose(backend, pairs):
+        reason = next(filter(None, map(unsupported, pairs)), "")
+        return ("reference", reason) if reason else ("triton", "")
+
+    monkeypatch.setattr(backends, "choose", choose)
+    case = Case("turns", shapes=((33, 45),), ranks=(4,))
+    module, opt = build(case, "ieee")
+    twin = copy.deepcopy(module)
+    twin_opt = lk.LoFTAdamW(twin, lr=1e-2, backend=opt.backend, precision="ieee")
+    for step, betas in enumerate([(0.9, 0.999)] * 3 + [(0.9, 0.8)] + [(0.9, 0.999)] * 2):
+        for net, own in ((module, opt), (twin, twin_opt)):
+            own.param_groups[0]["betas"] = betas
+            set_gradients(net, case, step)
+        twin_opt._gathered = None  # the twin knows nothing of the step before
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            opt.step()
+            twin_opt.step()
+        for p, q in zip(module.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(p, q), step
 
 
 def test_options_that_change_ask_again_which_backend_serves():

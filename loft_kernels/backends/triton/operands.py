@@ -102,7 +102,8 @@ def centre_of(unit, p_sq, mpm, m_4):
     a = tl.where(m_4 > 0, mpm / tl.where(m_4 > 0, m_4, 1.0), 0.0)
     r_sq = tl.maximum(p_sq - a * mpm, p_sq * 2.384185791015625e-07)  # 2^-22
     sigma_sq = tl.where(r_sq > 0, tl.rsqrt(tl.where(r_sq > 0, r_sq, 1.0)), 1.0)
-    # Where P underflows v = 0 everywhere: eps alone decides, any sigma serves.
+    # A row whose P is below 1e-37 keeps sigma = 1, and one near it a sigma that is too small for
+    # fp16: with gradients below 1e-15 the step loses precision.
     return a, tl.minimum(sigma_sq * unit, 1e30)
 
 

@@ -134,6 +134,10 @@ class LaunchPlan:
                 first += bucket.sides
         self._measured = pairs
 
+    def forget(self) -> None:
+        """Drop what was measured for a step that another path took, or that was refused."""
+        self._measured = None
+
     def _on_device(self) -> contextlib.AbstractContextManager:
         """Make the plan's device the current one."""
         cuda = self.device.type == "cuda"
