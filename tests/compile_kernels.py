@@ -20,6 +20,7 @@ from loft_kernels.backends.triton import configs
 from loft_kernels.backends.triton.basis import _basis_kernel
 from loft_kernels.backends.triton.gram import _gram_kernel
 from loft_kernels.backends.triton.moments import _moments_kernel
+from loft_kernels.backends.triton.moments_hopper import _moments_hopper_kernel
 from loft_kernels.backends.triton.operands import _operands_kernel
 from loft_kernels.backends.triton.packing import packing
 from loft_kernels.backends.triton.solve import _solve_kernel
@@ -86,7 +87,7 @@ def compile_rows(capability: int, rank: int) -> None:
     compile_kernel(_solve_kernel, capability, common, {"num_warps": 4 if width <= 32 else 8})
     compile_kernel(_basis_kernel, capability, common, row_warps)
     operands = {
-        "BLOCK": configs.operand_rows(rank),
+        "BLOCK": configs.operand_rows(rank, False),
         "N": configs.narrow_rank(rank),
         "R": width,
         "PRODUCTS": columns.products,
@@ -102,9 +103,14 @@ def compile_rows(capability: int, rank: int) -> None:
         "GROUP": moments.group,
         "IDLE": moments.idle,
         "COLUMNS_P": moments.columns,
+        "WIDTH": columns.width,
+        "PRODUCTS": columns.products,
+        "IDLE_ONLY": False,
         "EXACT": False,
     }
     compile_kernel(_moments_kernel, capability, rows, {"num_warps": moments.warps})
+    if capability == 90 and configs.moments_fused(rank):
+        compile_kernel(_moments_hopper_kernel, capability, rows, {"num_warps": 4, "maxnreg": 168})
 
 
 def compile_hot_loop(capability: int, rank: int, gluon: bool) -> None:

@@ -62,6 +62,7 @@ def launch(rank: int, grad: Tensor, m: Tensor, p: Tensor, inverse: Tensor, c: Te
         table_ptr=table.to(DEVICE),
         tiles_ptr=torch.tensor([(0, s) for s in starts], dtype=torch.int32, device=DEVICE),
         hyper_ptr=hyper.to(DEVICE),
+        numbers_ptr=torch.zeros((2, tables.NUMBERS.value), dtype=torch.float64, device=DEVICE),
         decision_ptr=torch.tensor([0.0, COEFFICIENT, 0.0], dtype=torch.float64, device=DEVICE),
         inverse_ptr=inverses.to(DEVICE),
         change_ptr=changes.to(DEVICE),
@@ -74,6 +75,7 @@ def launch(rank: int, grad: Tensor, m: Tensor, p: Tensor, inverse: Tensor, c: Te
         IDLE=tile.idle,
         COLUMNS_P=tile.columns,
         GRAD_DTYPE=tl.float32,
+        IDLE_ONLY=False,
         EXACT=exact,
         num_warps=tile.warps,
     )

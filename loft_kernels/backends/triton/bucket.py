@@ -20,6 +20,7 @@ from loft_kernels.backends.triton.gram import _gram_kernel
 from loft_kernels.backends.triton.launch import Launch, Launcher
 from loft_kernels.backends.triton.layout import Part
 from loft_kernels.backends.triton.moments import _moments_kernel
+from loft_kernels.backends.triton.moments_hopper import _moments_hopper_kernel
 from loft_kernels.backends.triton.operands import _operands_kernel
 from loft_kernels.backends.triton.packing import packing, pair_table
 from loft_kernels.backends.triton.solve import _solve_kernel
@@ -76,7 +77,9 @@ class Bucket:
         else:
             tile = configs.update_tile(plan.capability, self.rank)
         self._row_tile = configs.row_tile(plan.capability, self.rank)
-        self.layout = plan.layout(key, pairs, tile)
+        self.fused = self.hopper and configs.moments_fused(self.rank)
+        rows = configs.operand_rows(self.rank, self.fused)
+        self.layout = plan.layout(key, pairs, tile, rows)
         self.sides = 2 * len(pairs)
         self._host_table = tables.address_rows(pairs, self._row_tile.chunk, self.layout.places)
         self._moving: Moving | None = None
@@ -227,6 +230,7 @@ class Bucket:
             "hyper_ptr": self.hyper,
             "decision_ptr": decision,
             "inverse_ptr": self.inverse,
+            "numbers_ptr": self.numbers,
             "change_ptr": self.change,
             "changed_ptr": self.changed,
         }
@@ -251,6 +255,7 @@ class Bucket:
                 "IDLE": tile.idle,
                 "COLUMNS_P": tile.columns,
                 "GRAD_DTYPE": DTYPES[self.grad_dtype],
+                "IDLE_ONLY": self.fused,
                 "EXACT": self.exact,
             },
         )
@@ -276,33 +281,22 @@ class Bucket:
             "decision_ptr": decision,
             "numbers_ptr": self.numbers,
         }
-        self._launch(
-            ("operands", index),
-            {
-                **common,
-                "hyper_ptr": self.hyper,
-                "partner_ptr": partner,
-                "residual_ptr": residual,
-                "centre_ptr": centre,
-            },
-            lambda: Launch(
-                _operands_kernel,
-                len(part.operand_tiles),
-                {"num_warps": 4},
-                {
-                    "tiles_ptr": part.operand_tiles,
-                    "pairs_ptr": self.pair_table,
-                    "rank": self.rank,
-                    "BLOCK": configs.operand_rows(self.rank),
-                    "N": configs.narrow_rank(self.rank),
-                    "R": self.width,
-                    "PRODUCTS": columns.products,
-                    "WIDTH": columns.width,
-                    "SPLIT": columns.split,
-                    "DTYPE": tl.float32 if self.exact else tl.float16,
-                },
-            ),
-        )
+        written = {
+            **common,
+            "hyper_ptr": self.hyper,
+            "partner_ptr": partner,
+            "residual_ptr": residual,
+            "centre_ptr": centre,
+        }
+        if self.fused:
+            written |= {
+                "inverse_ptr": self.inverse,
+                "change_ptr": self.change,
+                "changed_ptr": self.changed,
+            }
+            self._launch(("moments", index), written, lambda: self._moving_moments(part))
+        else:
+            self._launch(("operands", index), written, lambda: self._operands(part))
         common |= {"hyper_ptr": self.hyper, "inverse_ptr": self.inverse}
         tile, describe = self.layout.tile, self._descriptor
         widths = {"main": columns.main, "tail": columns.tail or 16, "halves": self.width}
@@ -312,6 +306,42 @@ class Bucket:
             for key in ("main", "tail"):
                 common[f"residual_{key}"] = describe(residual, (tile.block_m, widths[key]))
         self._launch(("update", index), common, lambda: self._update(part))
+
+    def _operands(self, part: Part) -> Launch:
+        """Describe the launch that writes the operands of the hot loop."""
+        columns = self.packing
+        return Launch(
+            _operands_kernel,
+            len(part.operand_tiles),
+            {"num_warps": 4},
+            {
+                "tiles_ptr": part.operand_tiles,
+                "pairs_ptr": self.pair_table,
+                "rank": self.rank,
+                "BLOCK": configs.operand_rows(self.rank, self.fused),
+                "N": configs.narrow_rank(self.rank),
+                "R": self.width,
+                "PRODUCTS": columns.products,
+                "WIDTH": columns.width,
+                "SPLIT": columns.split,
+                "DTYPE": tl.float32 if self.exact else tl.float16,
+            },
+        )
+
+    def _moving_moments(self, part: Part) -> Launch:
+        """Describe the launch that advances moving factors' moments and writes all operands."""
+        return Launch(
+            _moments_hopper_kernel,
+            len(part.operand_tiles),
+            self._options(4, 168),
+            {
+                "tiles_ptr": part.operand_tiles,
+                "RANK": self.rank,
+                "PRODUCTS": self.packing.products,
+                "WIDTH": self.packing.width,
+                "GRAD_DTYPE": DTYPES[self.grad_dtype],
+            },
+        )
 
     def _descriptor(self, tensor: Tensor, block: tuple[int, int]) -> Any:
         """Describe tiles of a matrix to the tensor memory accelerator."""

@@ -278,6 +278,13 @@ def residual_held(rank: int) -> bool:
     return rank <= 32
 
 
-def operand_rows(rank: int) -> int:
+def operand_rows(rank: int, fused: bool) -> int:
     """Return the rows of a tile of `operands`: few, where P is to stay cached between its reads."""
+    if fused:
+        return 64
     return 128 if resident(rank) else 8
+
+
+def moments_fused(rank: int) -> bool:
+    """Tell whether `moments_hopper` serves the factors of a rank that move."""
+    return 32 < rank <= 64

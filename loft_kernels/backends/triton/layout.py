@@ -65,6 +65,7 @@ def new_layout(
     device: torch.device,
     capability: configs.Capability,
     tile: configs.UpdateTile,
+    operand_rows: int,
 ) -> Layout:
     """Lay out tiles and workspace; reads the step counts once, the only synchronisation.
 
@@ -74,6 +75,7 @@ def new_layout(
         device: where the tiles go.
         capability: of the device.
         tile: of the hot loop.
+        operand_rows: rows of a tile that writes operands.
     """
     shapes = [(p.b.param.shape[0], p.a.param.shape[1]) for p in pairs]
     both = all(p.b.grad is not None and p.a.grad is not None for p in pairs)
@@ -85,7 +87,7 @@ def new_layout(
         part = slice(start, start + size)
         space = tables.workspace(
             shapes[part],
-            configs.operand_rows(rank),
+            operand_rows,
             configs.PADDED_ROWS,
             shared=shared,
             residuals=not configs.resident(rank),

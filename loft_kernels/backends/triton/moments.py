@@ -29,6 +29,8 @@ from loft_kernels.backends.triton.tables import (
     GRAD,
     GRAD_STRIDE_COL,
     GRAD_STRIDE_ROW,
+    MOVES,
+    NUMBERS,
     ROWS,
     SCALING,
     SECOND_MOMENT,
@@ -297,6 +299,7 @@ def _moments_kernel(
     tiles_ptr,
     hyper_ptr,
     decision_ptr,
+    numbers_ptr,
     inverse_ptr,
     change_ptr,
     changed_ptr,
@@ -308,13 +311,17 @@ def _moments_kernel(
     IDLE: tl.constexpr,
     COLUMNS_P: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
+    IDLE_ONLY: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     i_tile = tl.program_id(0).to(tl.int64)
     side = tl.load(tiles_ptr + 2 * i_tile).to(tl.int64)
     start = tl.load(tiles_ptr + 2 * i_tile + 1).to(tl.int64)
     row_ptr = table_ptr + side * COLUMNS
-    if (tl.load(row_ptr + GRAD) != 0) & (tl.load(decision_ptr + SKIP) == 0):
+    serves = (tl.load(row_ptr + GRAD) != 0) & (tl.load(decision_ptr + SKIP) == 0)
+    if IDLE_ONLY:
+        serves = serves & (tl.load(numbers_ptr + side * NUMBERS + MOVES) == 0)
+    if serves:
         scaling = tl.load(row_ptr + SCALING).to(tl.float64, bitcast=True)
         coefficient = tl.load(decision_ptr + COEFFICIENT) * tl.load(hyper_ptr + SIGN) / scaling
         inverse_ptr += (side ^ 1) * R * R

@@ -187,12 +187,16 @@ class LaunchPlan:
             self._constants[key] = make().to(self.device)
         return self._constants[key]
 
-    def layout(self, key: tuple, pairs: Sequence[Pair], tile: configs.UpdateTile) -> Layout:
+    def layout(
+        self, key: tuple, pairs: Sequence[Pair], tile: configs.UpdateTile, operand_rows: int
+    ) -> Layout:
         """Return the tiles and workspace of a bucket, built anew when its pairs change."""
         wanted = signature(pairs)
         cached = self._layouts.get((key, tile))
         if cached is None or cached[0] != wanted:
-            new = new_layout(key[0], pairs, self.device, self.capability, tile)
+            new = new_layout(
+                key[0], pairs, self.device, self.capability, tile, operand_rows
+            )
             cached = self._layouts[key, tile] = (wanted, new)
         return cached[1]
 
