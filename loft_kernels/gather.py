@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from loft_kernels.adapters import Scaling
-from loft_kernels.plan import Pair, StepOptions
+from loft_kernels.plan import Moving, Pair, StepOptions
 
 if TYPE_CHECKING:
     from loft_kernels.optimizer import LoFTAdamW
 
 Place = tuple[int, int]
+Glance = tuple[Moving, list[Any]]
+
+# Read of hundreds of tensors at every step: a loop in C takes half the time of a comprehension.
+_GRAD, _DTYPE, _SHAPE, _BYTES = map(operator.attrgetter, ("grad", "dtype", "shape", "nbytes"))
+_PARAMS = operator.itemgetter("params")
 
 
 @dataclass(slots=True)
@@ -72,23 +77,15 @@ class Gathered:
         self._mode = (pairs[0].options.second_moment, pairs[0].options.calibrate)
         self._seen_options: list[StepOptions] = []
         self._seen_rates: list[Any] = []
-        self._glanced, self._bound = False, True
+        self._confirmed, self._bound = False, True
         self._addresses = [p.data_ptr() for p in self._params]
-        self._look_at_gradients()
-        self._seen = self._look()
-
-    def _look_at_gradients(self) -> None:
-        """Note what moves from step to step."""
         grads = [p.grad for p in self._params]
-        try:
-            addresses = [g.data_ptr() for g in grads]  # type: ignore[union-attr]
-            strides: list[Any] = [g.stride() for g in grads]  # type: ignore[union-attr]
-            self._grad_dtypes: list[Any] = [g.dtype for g in grads]  # type: ignore[union-attr]
-        except AttributeError:
-            addresses = [0 if g is None else g.data_ptr() for g in grads]
-            strides = [() if g is None else g.stride() for g in grads]
-            self._grad_dtypes = [None if g is None else g.dtype for g in grads]
-        self.moving = (addresses, strides, self._read_scalings())
+        self._kinds = _kinds(grads)
+        self._dtypes = [None if g is None else g.dtype for g in grads]
+        self._bytes = [None if g is None else g.nbytes for g in grads]
+        self._contiguous: list[Any] = [(p.shape[1], 1) for p in self._params]
+        self.moving: Moving = (*_addresses_and_strides(grads), self._read_scalings())
+        self._seen = self._look()
 
     def _read_scalings(self) -> list[float]:
         """Read all scalings, and check them when they change."""
@@ -106,18 +103,19 @@ class Gathered:
             self._numbers = numbers if all(type(s) in (float, int) for s in numbers) else []
         return self._usable
 
-    def _look(self) -> tuple[list[Any], ...]:
-        """List what has to stay the same; torch holds gradients to the shapes of parameters."""
+    def _look(self) -> tuple[Any, ...]:
+        """List what has to stay the same of the parameters beside their addresses."""
+        # Where all are contiguous they differ in the strides of dimensions of one entry at most.
+        contiguous = all(map(Tensor.is_contiguous, self._params))
         return (
-            self._grad_dtypes,
-            [p.dtype for p in self._params],
-            [p.shape for p in self._params],
-            [p.stride() for p in self._params],
+            list(map(_DTYPE, self._params)),
+            list(map(_SHAPE, self._params)),
+            None if contiguous else list(map(Tensor.stride, self._params)),
         )
 
     def _same_objects(self, optimizer: LoFTAdamW) -> bool:
         """Tell whether the optimizer still holds the same tensors and state."""
-        listed = [p for group in optimizer.param_groups for p in group["params"]]
+        listed = list(chain.from_iterable(map(_PARAMS, optimizer.param_groups)))
         return (
             len(listed) == len(self._listed)
             and all(map(operator.is_, listed, self._listed))
@@ -148,26 +146,58 @@ class Gathered:
             for factor in self._factors:
                 factor.grad = None
 
-    def glance(self, optimizer: LoFTAdamW) -> bool:
-        """Look at this step's gradients, rates and options; False if the pairs are to be checked.
+    def forget(self) -> None:
+        """Look again at the next step, whatever became of this one."""
+        self._confirmed = False
+
+    def glance(self) -> Glance | None:
+        """Look at what a launch that only reads factors and gradients has to know of this step.
+
+        Returns:
+            ``moving`` with the scalings of the last step, and the gradients; None if the pairs are
+            to be checked.
+        """
+        grads = list(map(_GRAD, self._params))
+        try:
+            found = self._look_at(grads)
+        except RuntimeError:  # a gradient without strides or address: sparse
+            return None
+        if found is None or list(map(Tensor.data_ptr, self._params)) != self._addresses:
+            return None
+        return (*found, self.moving[2]), grads
+
+    def _look_at(self, grads: list[Any]) -> tuple[list[int], list[Any]] | None:
+        """Return addresses and strides of gradients; None if one is of another size or kind."""
+        try:
+            addresses = list(map(Tensor.data_ptr, grads))
+            # Contiguous memory of as many bytes holds all that is read by the parameter's shape.
+            # A dimension of one entry may have any stride: nothing but index 0 is read of it.
+            # Whether the bytes are of the same dtype, `confirm` asks before anything is written.
+            if list(map(_BYTES, grads)) == self._bytes and all(map(Tensor.is_contiguous, grads)):
+                return addresses, self._contiguous
+        except TypeError:  # no gradient, no address
+            pass
+        return _addresses_and_strides(grads) if _kinds(grads) == self._kinds else None
+
+    def confirm(self, glance: Glance, groups: list[dict[str, Any]]) -> Moving | None:
+        """Look at scalings, rates and options after a glance; None if the pairs are to be checked.
 
         Enough to measure, not to write: :meth:`refresh` looks at the rest.
         """
-        try:
-            self._look_at_gradients()
-        except RuntimeError:  # a gradient without strides or address: sparse
-            return False
-        if [p.data_ptr() for p in self._params] != self._addresses:
-            return False
-        self._glanced = self._take_options(optimizer.param_groups)
-        return self._glanced
+        (addresses, strides, _), grads = glance
+        self.moving = (addresses, strides, self._read_scalings())
+        # A missing gradient has been compared by the glance, dtypes included.
+        same = strides is not self._contiguous or list(map(_DTYPE, grads)) == self._dtypes
+        self._confirmed = self._take_options(groups) and same
+        return self.moving if self._confirmed else None
 
     def refresh(self, optimizer: LoFTAdamW) -> bool:
         """Take over what moves; False if anything else has changed since the pairs were checked."""
-        glanced, self._glanced = self._glanced, False
-        if not glanced and not self.glance(optimizer):
-            return False
-        self._glanced = False
+        if not self._confirmed:
+            glance = self.glance()
+            if glance is None or self.confirm(glance, optimizer.param_groups) is None:
+                return False
+        self._confirmed = False
         return self._same_objects(optimizer) and self._look() == self._seen
 
     def _take_options(self, groups: list[dict[str, Any]]) -> bool:
@@ -189,6 +219,19 @@ class Gathered:
         self._seen_options = options
         used = {pair.b.group for pair in self.pairs}
         return all((options[g].second_moment, options[g].calibrate) == self._mode for g in used)
+
+
+def _kinds(grads: list[Any]) -> list[Any]:
+    """Name dtype and shape of every gradient; None where there is none."""
+    return [None if g is None else (g.dtype, g.shape) for g in grads]
+
+
+def _addresses_and_strides(grads: list[Any]) -> tuple[list[int], list[Any]]:
+    """List where gradients are; 0 and () where there is none."""
+    return (
+        [0 if g is None else g.data_ptr() for g in grads],
+        [() if g is None else g.stride() for g in grads],
+    )
 
 
 def step_options(group: Mapping[str, Any]) -> StepOptions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -221,14 +222,21 @@ class LoFTAdamW(Optimizer):
 
         Only workspace is written; whatever is measured of pairs that fail the check is dropped.
         """
-        known = self._gathered
-        if self._plan is not None:
-            self._plan.forget()
-        if known is None or self._plan is None or known.backend != ("triton", ""):
+        known, plan = self._gathered, self._plan
+        if plan is not None:
+            plan.forget()
+        if known is None:
             return
-        exact = self.precision == "ieee"
-        if known.glance(self) and self._plan.serves(known.pairs, exact):
-            self._plan.measure(known.pairs, known.moving, max_norm=self.max_grad_norm, exact=exact)
+        known.forget()
+        if plan is None or known.backend != ("triton", "") or (glance := known.glance()) is None:
+            return
+        plan.measure(
+            known.pairs,
+            glance[0],
+            max_norm=self.max_grad_norm,
+            exact=self.precision == "ieee",
+            confirm=partial(known.confirm, glance, self.param_groups),
+        )
 
     def _first_time(self, notice: str) -> bool:
         """Tell whether a notice is still to be given, and count it as given."""
