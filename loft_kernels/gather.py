@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from loft_kernels.adapters import Scaling
@@ -17,11 +18,9 @@ if TYPE_CHECKING:
     from loft_kernels.optimizer import LoFTAdamW
 
 Place = tuple[int, int]
-Glance = tuple[Moving, list[Any]]
 
 # Read of hundreds of tensors at every step: a loop in C takes half the time of a comprehension.
-_GRAD, _DTYPE, _SHAPE, _BYTES = map(operator.attrgetter, ("grad", "dtype", "shape", "nbytes"))
-_PARAMS = operator.itemgetter("params")
+_GRAD, _PARAMS = operator.attrgetter("grad"), operator.itemgetter("params")
 
 
 @dataclass(slots=True)
@@ -80,11 +79,10 @@ class Gathered:
         self._confirmed, self._bound = False, True
         self._addresses = [p.data_ptr() for p in self._params]
         grads = [p.grad for p in self._params]
-        self._kinds = _kinds(grads)
-        self._dtypes = [None if g is None else g.dtype for g in grads]
-        self._bytes = [None if g is None else g.nbytes for g in grads]
-        self._contiguous: list[Any] = [(p.shape[1], 1) for p in self._params]
-        self.moving: Moving = (*_addresses_and_strides(grads), self._read_scalings())
+        self._kinds, self._grads_alike = _kinds(grads), _alike(grads)
+        addresses, self._strides = _addresses_and_strides(grads)
+        self.moving: Moving = (addresses, self._strides, self._read_scalings())
+        self._params_alike = _alike(self._params)
         self._seen = self._look()
 
     def _read_scalings(self) -> list[float]:
@@ -105,12 +103,10 @@ class Gathered:
 
     def _look(self) -> tuple[Any, ...]:
         """List what has to stay the same of the parameters beside their addresses."""
-        # Where all are contiguous they differ in the strides of dimensions of one entry at most.
-        contiguous = all(map(Tensor.is_contiguous, self._params))
         return (
-            list(map(_DTYPE, self._params)),
-            list(map(_SHAPE, self._params)),
-            None if contiguous else list(map(Tensor.stride, self._params)),
+            [p.dtype for p in self._params],
+            [p.shape for p in self._params],
+            [p.stride() for p in self._params],
         )
 
     def _same_objects(self, optimizer: LoFTAdamW) -> bool:
@@ -150,12 +146,11 @@ class Gathered:
         """Look again at the next step, whatever became of this one."""
         self._confirmed = False
 
-    def glance(self) -> Glance | None:
+    def glance(self) -> Moving | None:
         """Look at what a launch that only reads factors and gradients has to know of this step.
 
         Returns:
-            ``moving`` with the scalings of the last step, and the gradients; None if the pairs are
-            to be checked.
+            ``moving`` with the scalings of the last step, or None if the pairs are to be checked.
         """
         grads = list(map(_GRAD, self._params))
         try:
@@ -164,31 +159,21 @@ class Gathered:
             return None
         if found is None or list(map(Tensor.data_ptr, self._params)) != self._addresses:
             return None
-        return (*found, self.moving[2]), grads
+        return (*found, self.moving[2])
 
     def _look_at(self, grads: list[Any]) -> tuple[list[int], list[Any]] | None:
-        """Return addresses and strides of gradients; None if one is of another size or kind."""
-        try:
-            addresses = list(map(Tensor.data_ptr, grads))
-            # Contiguous memory of as many bytes holds all that is read by the parameter's shape.
-            # A dimension of one entry may have any stride: nothing but index 0 is read of it.
-            # Whether the bytes are of the same dtype, `confirm` asks before anything is written.
-            if list(map(_BYTES, grads)) == self._bytes and all(map(Tensor.is_contiguous, grads)):
-                return addresses, self._contiguous
-        except TypeError:  # no gradient, no address
-            pass
+        """Return addresses and strides of gradients; None if one is of another kind."""
+        if self._grads_alike(*grads):
+            return list(map(Tensor.data_ptr, grads)), self._strides
         return _addresses_and_strides(grads) if _kinds(grads) == self._kinds else None
 
-    def confirm(self, glance: Glance, groups: list[dict[str, Any]]) -> Moving | None:
+    def confirm(self, glance: Moving, groups: list[dict[str, Any]]) -> Moving | None:
         """Look at scalings, rates and options after a glance; None if the pairs are to be checked.
 
         Enough to measure, not to write: :meth:`refresh` looks at the rest.
         """
-        (addresses, strides, _), grads = glance
-        self.moving = (addresses, strides, self._read_scalings())
-        # A missing gradient has been compared by the glance, dtypes included.
-        same = strides is not self._contiguous or list(map(_DTYPE, grads)) == self._dtypes
-        self._confirmed = self._take_options(groups) and same
+        self.moving = (*glance[:2], self._read_scalings())
+        self._confirmed = self._take_options(groups)
         return self.moving if self._confirmed else None
 
     def refresh(self, optimizer: LoFTAdamW) -> bool:
@@ -198,7 +183,9 @@ class Gathered:
             if glance is None or self.confirm(glance, optimizer.param_groups) is None:
                 return False
         self._confirmed = False
-        return self._same_objects(optimizer) and self._look() == self._seen
+        return self._same_objects(optimizer) and (
+            self._params_alike(*self._params) or self._look() == self._seen
+        )
 
     def _take_options(self, groups: list[dict[str, Any]]) -> bool:
         """Set rates and options on the pairs where they changed; False if a pair's two differ."""
@@ -219,6 +206,19 @@ class Gathered:
         self._seen_options = options
         used = {pair.b.group for pair in self.pairs}
         return all((options[g].second_moment, options[g].calibrate) == self._mode for g in used)
+
+
+def _alike(tensors: list[Any]) -> Callable[..., bool]:
+    """Return a quick test whether other tensors have the dtypes, shapes and strides of these.
+
+    It is the one behind ``torch.compile``, which looks at devices and more. False says nothing:
+    they have to be read then, as always in a torch without it or where a gradient is missing.
+    """
+    try:
+        guards = torch._C._dynamo.guards.TensorGuards
+        return guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    except (AttributeError, TypeError):
+        return lambda *_: False
 
 
 def _kinds(grads: list[Any]) -> list[Any]:

@@ -232,7 +232,7 @@ class LoFTAdamW(Optimizer):
             return
         plan.measure(
             known.pairs,
-            glance[0],
+            glance,
             max_norm=self.max_grad_norm,
             exact=self.precision == "ieee",
             confirm=partial(known.confirm, glance, self.param_groups),
