@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from loft_kernels.adapters import Scaling
 from loft_kernels.plan import Moving, Pair, StepOptions
@@ -31,6 +32,18 @@ class PairSlot:
     b: Place
     a: Place
     scaling: Scaling
+
+
+class _ByIdentity(TorchFunctionMode):
+    """Within, two tensors are equal only if they are one object.
+
+    Python compares the items of lists and dicts by identity first, in C, and asks a tensor only
+    about another one, which would compare their values, and wait for the device to say so.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> bool:
+        """Say that another tensor is another one."""
+        return False
 
 
 class Gathered:
@@ -57,7 +70,7 @@ class Gathered:
         self._params = [f.param for f in self._factors]
         self._states = [optimizer.state.get(p) for p in self._params]
         self._owned = [state for state in self._states if state]
-        self._tensors = list(chain.from_iterable(map(dict.values, self._owned)))
+        self._entries = [dict(state) for state in self._owned]
         self._moments = [s["exp_avg"] for s in self._owned]
         self._moment_addresses = list(map(Tensor.data_ptr, self._moments))
         self._stored = dict(optimizer.state)
@@ -112,18 +125,16 @@ class Gathered:
     def _same_objects(self, optimizer: LoFTAdamW) -> bool:
         """Tell whether the optimizer still holds the same tensors and state."""
         listed = list(chain.from_iterable(map(_PARAMS, optimizer.param_groups)))
+        with _ByIdentity():
+            # Kernels keep the addresses of state: an exchanged tensor calls for new ones.
+            if listed != self._listed or self._owned != self._entries:
+                return False
         return (
-            len(listed) == len(self._listed)
-            and all(map(operator.is_, listed, self._listed))
             # Entries stay in order and new ones come last; a lookup would hash every tensor.
-            and len(optimizer.state) >= len(self._stored)
+            len(optimizer.state) >= len(self._stored)
             and all(map(operator.is_, optimizer.state, self._stored))
             and all(map(operator.is_, optimizer.state.values(), self._stored.values()))
-            # Kernels keep the addresses of state: an exchanged tensor calls for new ones, and so
-            # does offloading, which leaves the tensors and gives all of them other memory.
-            and len(state := list(chain.from_iterable(map(dict.values, self._owned))))
-            == len(self._tensors)
-            and all(map(operator.is_, state, self._tensors))
+            # Offloading leaves the tensors and gives all of them other memory.
             and list(map(Tensor.data_ptr, self._moments)) == self._moment_addresses
         )
 
