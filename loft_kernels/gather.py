@@ -215,6 +215,7 @@ class Gathered:
                 return False
             pair.options = own
         self._seen_options = options
+        self.bind()  # whoever chooses or lays out anew looks at the gradients
         used = {pair.b.group for pair in self.pairs}
         return all((options[g].second_moment, options[g].calibrate) == self._mode for g in used)
 
