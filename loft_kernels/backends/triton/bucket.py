@@ -26,7 +26,7 @@ from loft_kernels.backends.triton.solve import _solve_kernel
 from loft_kernels.backends.triton.update import _update_kernel
 from loft_kernels.backends.triton.update_hopper import _update_hopper_kernel, hopper_descriptor
 from loft_kernels.backends.triton.update_hopper_wide import _update_hopper_wide_kernel
-from loft_kernels.plan import Moving, Pair
+from loft_kernels.plan import Moving, Pair, StepOptions
 
 if TYPE_CHECKING:
     from loft_kernels.backends.triton.step import LaunchPlan
@@ -77,10 +77,16 @@ class Bucket:
         self._row_tile = configs.row_tile(plan.capability, self.rank)
         self.layout = plan.layout(key, pairs, tile)
         self.sides = 2 * len(pairs)
+        self.alternate = self.options.alternate
         rows = tables.address_rows(pairs, self._row_tile.chunk, self.layout.places)
         self._table = tables.AddressTable(rows, plan.device)
         self._values: list[float] = []
         self._launch = Launcher()
+
+    @property
+    def options(self) -> StepOptions:
+        """The options of all pairs as they are now: they are those of the pairs' groups."""
+        return self.pairs[0].options
 
     def _enter(self, moving: Moving) -> None:
         """Bring gradients and scalings to the device: the bucket's own of all of the step."""
@@ -97,7 +103,7 @@ class Bucket:
     def _bring_hyper(self, max_norm: float | None) -> None:
         """Bring the hyper-parameters to the device; a tensor learning rate never leaves it."""
         pair = self.pairs[0]
-        options, rates = pair.options, (pair.b.lr, pair.a.lr)
+        options, rates = self.options, (pair.b.lr, pair.a.lr)
         values = [
             *(0.0 if isinstance(rate, Tensor) else _fp32(rate) for rate in rates),
             options.beta1,
@@ -187,7 +193,7 @@ class Bucket:
                 {
                     "rank": self.rank,
                     "R": self.width,
-                    "ALTERNATE": self.pairs[0].options.alternate,
+                    "ALTERNATE": self.alternate,
                 },
             ),
         )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +71,7 @@ class LaunchPlan:
         self.capability = configs.capability_of(device)
         self._pairs: Sequence[Pair] | None = None
         self._measured: Sequence[Pair] | None = None
-        self._mode: tuple = ()
+        self._exact = False
         self._buckets: list[Bucket] = []
         self._layouts: dict[tuple, tuple[tuple, Layout]] = {}
         self._constants: dict[tuple, Tensor] = {}
@@ -134,7 +133,7 @@ class LaunchPlan:
         """
         if confirm is None and not self._serves(pairs, exact):
             self._buckets = self._new_buckets(pairs, exact)
-            self._pairs, self._mode = pairs, _mode(pairs, exact)
+            self._pairs, self._exact = pairs, exact
         if pairs is not self._pairs:
             return
         with self._on_device():
@@ -155,7 +154,10 @@ class LaunchPlan:
 
     def _serves(self, pairs: Sequence[Pair], exact: bool) -> bool:
         """Tell whether the plan is laid out for these pairs and options."""
-        return pairs is self._pairs and _mode(pairs, exact) == self._mode
+        if pairs is not self._pairs or exact != self._exact:
+            return False
+        # Alternation decides which sides may share workspace.
+        return all(bucket.alternate == bucket.options.alternate for bucket in self._buckets)
 
     def forget(self) -> None:
         """Drop what was measured for a step that another path took, or that was refused."""
@@ -218,11 +220,6 @@ class LaunchPlan:
             new = new_layout(key[0], pairs, self.device, self.capability, tile)
             cached = self._layouts[key, tile] = (wanted, new)
         return cached[1]
-
-
-def _mode(pairs: Sequence[Pair], exact: bool) -> tuple[Any, ...]:
-    """Name what a layout depends on: alternation decides which sides may share workspace."""
-    return (exact, [pair.options.alternate for pair in pairs])
 
 
 def _nothing_outside() -> Tensor:
