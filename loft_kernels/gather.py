@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -153,9 +154,28 @@ class Gathered:
             for factor in self._factors:
                 factor.grad = None
 
-    def forget(self) -> None:
-        """Look again at the next step, whatever became of this one."""
+    def measure_ahead(self, optimizer: LoFTAdamW, plan: Any) -> None:
+        """Let the device measure the pairs of the last step while the host checks them again.
+
+        Only workspace is written; whatever is measured of pairs that fail the check is dropped.
+
+        Args:
+            optimizer: that holds the pairs.
+            plan: its launches, or None.
+        """
+        # Whatever became of the last step, its glance and its measurement were its own.
         self._confirmed = False
+        if plan is None:
+            return
+        plan.forget()
+        if self.backend == ("triton", "") and (moving := self.glance()) is not None:
+            plan.measure(
+                self.pairs,
+                moving,
+                max_norm=optimizer.max_grad_norm,
+                exact=optimizer.precision == "ieee",
+                confirm=partial(self.confirm, optimizer.param_groups),
+            )
 
     def glance(self) -> Moving | None:
         """Look at what a launch that only reads factors and gradients has to know of this step.
@@ -170,7 +190,8 @@ class Gathered:
             return None
         if found is None or list(map(Tensor.data_ptr, self._params)) != self._addresses:
             return None
-        return (*found, self.moving[2])
+        self.moving = (*found, self.moving[2])
+        return self.moving
 
     def _look_at(self, grads: list[Any]) -> tuple[list[int], list[Any]] | None:
         """Return addresses and strides of gradients; None if one is of another kind."""
@@ -178,21 +199,20 @@ class Gathered:
             return list(map(Tensor.data_ptr, grads)), self._strides
         return _addresses_and_strides(grads) if _kinds(grads) == self._kinds else None
 
-    def confirm(self, glance: Moving, groups: list[dict[str, Any]]) -> Moving | None:
+    def confirm(self, groups: list[dict[str, Any]]) -> Moving | None:
         """Look at scalings, rates and options after a glance; None if the pairs are to be checked.
 
         Enough to measure, not to write: :meth:`refresh` looks at the rest.
         """
-        self.moving = (*glance[:2], self._read_scalings())
+        self.moving = (*self.moving[:2], self._read_scalings())
         self._confirmed = self._take_options(groups)
         return self.moving if self._confirmed else None
 
     def refresh(self, optimizer: LoFTAdamW) -> bool:
         """Take over what moves; False if anything else has changed since the pairs were checked."""
-        if not self._confirmed:
-            glance = self.glance()
-            if glance is None or self.confirm(glance, optimizer.param_groups) is None:
-                return False
+        groups = optimizer.param_groups
+        if not self._confirmed and (self.glance() is None or self.confirm(groups) is None):
+            return False
         self._confirmed = False
         return self._same_objects(optimizer) and (
             self._params_alike(*self._params) or self._look() == self._seen

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -186,7 +185,8 @@ class LoFTAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         fresh = not self.state
-        self._measure_known()
+        if self._gathered is not None:
+            self._gathered.measure_ahead(self, self._plan)
         pairs, plain = self._gather(allocate=True)
         members = [p for group in plain.values() for p in group]
         if self._slots and not pairs and self._first_time("idle"):
@@ -216,27 +216,6 @@ class LoFTAdamW(Optimizer):
         if self._gathered is not None:
             self._gathered.release_gradients()
         return loss
-
-    def _measure_known(self) -> None:
-        """Let the device measure the pairs of the last step while the host checks them again.
-
-        Only workspace is written; whatever is measured of pairs that fail the check is dropped.
-        """
-        known, plan = self._gathered, self._plan
-        if plan is not None:
-            plan.forget()
-        if known is None:
-            return
-        known.forget()
-        if plan is None or known.backend != ("triton", "") or (glance := known.glance()) is None:
-            return
-        plan.measure(
-            known.pairs,
-            glance,
-            max_norm=self.max_grad_norm,
-            exact=self.precision == "ieee",
-            confirm=partial(known.confirm, glance, self.param_groups),
-        )
 
     def _first_time(self, notice: str) -> bool:
         """Tell whether a notice is still to be given, and count it as given."""
