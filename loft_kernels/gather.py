@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from loft_kernels.adapters import Scaling
-from loft_kernels.plan import Pair, StepOptions
+from loft_kernels.plan import Moving, Pair, StepOptions
 
 if TYPE_CHECKING:
     from loft_kernels.optimizer import LoFTAdamW
 
 Place = tuple[int, int]
+
+# Read of hundreds of tensors at every step: a loop in C takes half the time of a comprehension.
+_GRAD, _PARAMS = operator.attrgetter("grad"), operator.itemgetter("params")
 
 
 @dataclass(slots=True)
@@ -27,6 +33,18 @@ class PairSlot:
     b: Place
     a: Place
     scaling: Scaling
+
+
+class _ByIdentity(TorchFunctionMode):
+    """Within, two tensors are equal only if they are one object.
+
+    Python compares the items of lists and dicts by identity first, in C, and asks a tensor only
+    about another one, which would compare their values, and wait for the device to say so.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> bool:
+        """Say that another tensor is another one."""
+        return False
 
 
 class Gathered:
@@ -53,7 +71,7 @@ class Gathered:
         self._params = [f.param for f in self._factors]
         self._states = [optimizer.state.get(p) for p in self._params]
         self._owned = [state for state in self._states if state]
-        self._tensors = list(chain.from_iterable(map(dict.values, self._owned)))
+        self._entries = [dict(state) for state in self._owned]
         self._moments = [s["exp_avg"] for s in self._owned]
         self._moment_addresses = list(map(Tensor.data_ptr, self._moments))
         self._stored = dict(optimizer.state)
@@ -72,23 +90,14 @@ class Gathered:
         self._mode = (pairs[0].options.second_moment, pairs[0].options.calibrate)
         self._seen_options: list[StepOptions] = []
         self._seen_rates: list[Any] = []
-        self._glanced, self._bound = False, True
+        self._confirmed, self._bound = False, True
         self._addresses = [p.data_ptr() for p in self._params]
-        self._look_at_gradients()
-        self._seen = self._look()
-
-    def _look_at_gradients(self) -> None:
-        """Note what moves from step to step."""
         grads = [p.grad for p in self._params]
-        try:
-            addresses = [g.data_ptr() for g in grads]  # type: ignore[union-attr]
-            strides: list[Any] = [g.stride() for g in grads]  # type: ignore[union-attr]
-            self._grad_dtypes: list[Any] = [g.dtype for g in grads]  # type: ignore[union-attr]
-        except AttributeError:
-            addresses = [0 if g is None else g.data_ptr() for g in grads]
-            strides = [() if g is None else g.stride() for g in grads]
-            self._grad_dtypes = [None if g is None else g.dtype for g in grads]
-        self.moving = (addresses, strides, self._read_scalings())
+        self._kinds, self._grads_alike = _kinds(grads), _alike(grads)
+        addresses, self._strides = _addresses_and_strides(grads)
+        self.moving: Moving = (addresses, self._strides, self._read_scalings())
+        self._params_alike = _alike(self._params)
+        self._seen = self._look()
 
     def _read_scalings(self) -> list[float]:
         """Read all scalings, and check them when they change."""
@@ -106,10 +115,9 @@ class Gathered:
             self._numbers = numbers if all(type(s) in (float, int) for s in numbers) else []
         return self._usable
 
-    def _look(self) -> tuple[list[Any], ...]:
-        """List what has to stay the same; torch holds gradients to the shapes of parameters."""
+    def _look(self) -> tuple[Any, ...]:
+        """List what has to stay the same of the parameters beside their addresses."""
         return (
-            self._grad_dtypes,
             [p.dtype for p in self._params],
             [p.shape for p in self._params],
             [p.stride() for p in self._params],
@@ -117,19 +125,17 @@ class Gathered:
 
     def _same_objects(self, optimizer: LoFTAdamW) -> bool:
         """Tell whether the optimizer still holds the same tensors and state."""
-        listed = [p for group in optimizer.param_groups for p in group["params"]]
+        listed = list(chain.from_iterable(map(_PARAMS, optimizer.param_groups)))
+        with _ByIdentity():
+            # Kernels keep the addresses of state: an exchanged tensor calls for new ones.
+            if listed != self._listed or self._owned != self._entries:
+                return False
         return (
-            len(listed) == len(self._listed)
-            and all(map(operator.is_, listed, self._listed))
             # Entries stay in order and new ones come last; a lookup would hash every tensor.
-            and len(optimizer.state) >= len(self._stored)
+            len(optimizer.state) >= len(self._stored)
             and all(map(operator.is_, optimizer.state, self._stored))
             and all(map(operator.is_, optimizer.state.values(), self._stored.values()))
-            # Kernels keep the addresses of state: an exchanged tensor calls for new ones, and so
-            # does offloading, which leaves the tensors and gives all of them other memory.
-            and len(state := list(chain.from_iterable(map(dict.values, self._owned))))
-            == len(self._tensors)
-            and all(map(operator.is_, state, self._tensors))
+            # Offloading leaves the tensors and gives all of them other memory.
             and list(map(Tensor.data_ptr, self._moments)) == self._moment_addresses
         )
 
@@ -148,27 +154,69 @@ class Gathered:
             for factor in self._factors:
                 factor.grad = None
 
-    def glance(self, optimizer: LoFTAdamW) -> bool:
-        """Look at this step's gradients, rates and options; False if the pairs are to be checked.
+    def measure_ahead(self, optimizer: LoFTAdamW, plan: Any) -> None:
+        """Let the device measure the pairs of the last step while the host checks them again.
+
+        Only workspace is written; whatever is measured of pairs that fail the check is dropped.
+
+        Args:
+            optimizer: that holds the pairs.
+            plan: its launches, or None.
+        """
+        # Whatever became of the last step, its glance and its measurement were its own.
+        self._confirmed = False
+        if plan is None:
+            return
+        plan.forget()
+        if self.backend == ("triton", "") and (moving := self.glance()) is not None:
+            plan.measure(
+                self.pairs,
+                moving,
+                max_norm=optimizer.max_grad_norm,
+                exact=optimizer.precision == "ieee",
+                confirm=partial(self.confirm, optimizer.param_groups),
+            )
+
+    def glance(self) -> Moving | None:
+        """Look at what a launch that only reads factors and gradients has to know of this step.
+
+        Returns:
+            ``moving`` with the scalings of the last step, or None if the pairs are to be checked.
+        """
+        grads = list(map(_GRAD, self._params))
+        try:
+            found = self._look_at(grads)
+        except RuntimeError:  # a gradient without strides or address: sparse
+            return None
+        if found is None or list(map(Tensor.data_ptr, self._params)) != self._addresses:
+            return None
+        self.moving = (*found, self.moving[2])
+        return self.moving
+
+    def _look_at(self, grads: list[Any]) -> tuple[list[int], list[Any]] | None:
+        """Return addresses and strides of gradients; None if one is of another kind."""
+        if self._grads_alike(*grads):
+            return list(map(Tensor.data_ptr, grads)), self._strides
+        return _addresses_and_strides(grads) if _kinds(grads) == self._kinds else None
+
+    def confirm(self, groups: list[dict[str, Any]]) -> Moving | None:
+        """Look at scalings, rates and options after a glance; None if the pairs are to be checked.
 
         Enough to measure, not to write: :meth:`refresh` looks at the rest.
         """
-        try:
-            self._look_at_gradients()
-        except RuntimeError:  # a gradient without strides or address: sparse
-            return False
-        if [p.data_ptr() for p in self._params] != self._addresses:
-            return False
-        self._glanced = self._take_options(optimizer.param_groups)
-        return self._glanced
+        self.moving = (*self.moving[:2], self._read_scalings())
+        self._confirmed = self._take_options(groups)
+        return self.moving if self._confirmed else None
 
     def refresh(self, optimizer: LoFTAdamW) -> bool:
         """Take over what moves; False if anything else has changed since the pairs were checked."""
-        glanced, self._glanced = self._glanced, False
-        if not glanced and not self.glance(optimizer):
+        groups = optimizer.param_groups
+        if not self._confirmed and (self.glance() is None or self.confirm(groups) is None):
             return False
-        self._glanced = False
-        return self._same_objects(optimizer) and self._look() == self._seen
+        self._confirmed = False
+        return self._same_objects(optimizer) and (
+            self._params_alike(*self._params) or self._look() == self._seen
+        )
 
     def _take_options(self, groups: list[dict[str, Any]]) -> bool:
         """Set rates and options on the pairs where they changed; False if a pair's two differ."""
@@ -187,8 +235,35 @@ class Gathered:
                 return False
             pair.options = own
         self._seen_options = options
+        self.bind()  # whoever chooses or lays out anew looks at the gradients
         used = {pair.b.group for pair in self.pairs}
         return all((options[g].second_moment, options[g].calibrate) == self._mode for g in used)
+
+
+def _alike(tensors: list[Any]) -> Callable[..., bool]:
+    """Return a quick test whether other tensors have the dtypes, shapes and strides of these.
+
+    It is the one behind ``torch.compile``, which looks at devices and more. False says nothing:
+    they have to be read then, as always in a torch without it or where a gradient is missing.
+    """
+    try:
+        guards = torch._C._dynamo.guards.TensorGuards
+        return guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    except (AttributeError, TypeError):
+        return lambda *_: False
+
+
+def _kinds(grads: list[Any]) -> list[Any]:
+    """Name dtype and shape of every gradient; None where there is none."""
+    return [None if g is None else (g.dtype, g.shape) for g in grads]
+
+
+def _addresses_and_strides(grads: list[Any]) -> tuple[list[int], list[Any]]:
+    """List where gradients are; 0 and () where there is none."""
+    return (
+        [0 if g is None else g.data_ptr() for g in grads],
+        [() if g is None else g.stride() for g in grads],
+    )
 
 
 def step_options(group: Mapping[str, Any]) -> StepOptions:

@@ -185,7 +185,8 @@ class LoFTAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         fresh = not self.state
-        self._measure_known()
+        if self._gathered is not None:
+            self._gathered.measure_ahead(self, self._plan)
         pairs, plain = self._gather(allocate=True)
         members = [p for group in plain.values() for p in group]
         if self._slots and not pairs and self._first_time("idle"):
@@ -215,20 +216,6 @@ class LoFTAdamW(Optimizer):
         if self._gathered is not None:
             self._gathered.release_gradients()
         return loss
-
-    def _measure_known(self) -> None:
-        """Let the device measure the pairs of the last step while the host checks them again.
-
-        Only workspace is written; whatever is measured of pairs that fail the check is dropped.
-        """
-        known = self._gathered
-        if self._plan is not None:
-            self._plan.forget()
-        if known is None or self._plan is None or known.backend != ("triton", ""):
-            return
-        exact = self.precision == "ieee"
-        if known.glance(self) and self._plan.serves(known.pairs, exact):
-            self._plan.measure(known.pairs, known.moving, max_norm=self.max_grad_norm, exact=exact)
 
     def _first_time(self, notice: str) -> bool:
         """Tell whether a notice is still to be given, and count it as given."""

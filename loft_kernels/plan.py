@@ -96,3 +96,8 @@ class Pair:
     def sides(self) -> tuple[tuple[Factor, Factor], tuple[Factor, Factor]]:
         """Both (factor, partner) combinations, B first."""
         return (self.b, self.a), (self.a, self.b)
+
+
+# What changes from step to step: per factor, B and A of every pair in turn, the address of its
+# gradient (0 without one) and its strides (() without one); and per pair the scaling.
+Moving = tuple[list[Any], list[Any], list[float]]

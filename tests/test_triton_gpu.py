@@ -93,6 +93,73 @@ def test_a_step_never_synchronises():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_launch_hooks_hear_of_every_kernel_and_change_nothing():
+    from triton import knobs
+
+    heard, runs = [], []
+
+    def hear(metadata):
+        heard.append(metadata.get()["name"])
+
+    for listening in (False, True):
+        module, opt = make()
+        for step in range(4):
+            new_gradients(module, step)
+            if listening and step == 3:
+                knobs.runtime.launch_enter_hook.add(hear)
+            try:
+                opt.step()
+            finally:
+                knobs.runtime.launch_enter_hook.remove(hear)
+        runs.append(everything(module, opt))
+    assert len(heard) == 8
+    assert_equal(*runs)
+
+
+def test_workspace_is_returned_after_every_step():
+    module, opt = make(6)
+    held = []
+    for step in range(8):
+        new_gradients(module, step, in_place=True)
+        opt.step()
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert len(set(held[2:])) == 1, held
+
+
+def test_steps_that_follow_each_other_at_once_read_their_own_gradients():
+    """Addresses are staged in pinned memory, which a copy under way must find as it was."""
+    runs = []
+    for waiting in (False, True):
+        module, opt = make(40)
+        kept = []
+        for step in range(12):
+            new_gradients(module, step)
+            kept.append([p.grad for p in module.parameters()])
+            if not waiting and step == 2:
+                torch.cuda._sleep(200_000_000)
+            opt.step()
+            if waiting:
+                torch.cuda.synchronize()
+        runs.append(everything(module, opt))
+    assert_equal(*runs)
+
+
+def test_options_and_scalings_may_change_between_steps():
+    runs = []
+    for known in (True, False):
+        module, opt = make()
+        for step in range(6):
+            new_gradients(module, step)
+            opt.param_groups[0]["alternate"] = step != 3
+            module[1].scaling = 2.0 if step < 2 else 0.5
+            if not known:
+                opt._gathered = None  # everything is looked at anew
+            opt.step()
+        runs.append(everything(module, opt))
+    assert_equal(*runs)
+
+
 def test_graph_replays_equal_eager_steps():
     lr = torch.tensor(1e-2, device="cuda")
     runs = []

@@ -17,18 +17,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from loft_kernels.backends.triton import configs, tables
 from loft_kernels.backends.triton.basis import _basis_kernel
 from loft_kernels.backends.triton.gram import _gram_kernel
-from loft_kernels.backends.triton.launch import Launch, Launcher
+from loft_kernels.backends.triton.launch import Launch, Launcher, Tiles
 from loft_kernels.backends.triton.layout import Part
 from loft_kernels.backends.triton.moments import _moments_kernel
 from loft_kernels.backends.triton.moments_hopper import _moments_hopper_kernel
 from loft_kernels.backends.triton.operands import _operands_kernel
 from loft_kernels.backends.triton.packing import packing, pair_table
 from loft_kernels.backends.triton.solve import _solve_kernel
-from loft_kernels.backends.triton.tables import Moving
 from loft_kernels.backends.triton.update import _update_kernel
 from loft_kernels.backends.triton.update_hopper import _update_hopper_kernel, hopper_descriptor
 from loft_kernels.backends.triton.update_hopper_wide import _update_hopper_wide_kernel
-from loft_kernels.plan import Pair
+from loft_kernels.plan import Moving, Pair, StepOptions
 
 if TYPE_CHECKING:
     from loft_kernels.backends.triton.step import LaunchPlan
@@ -78,22 +77,21 @@ class Bucket:
             tile = configs.update_tile(plan.capability, self.rank)
         self._row_tile = configs.row_tile(plan.capability, self.rank)
         self.fused = self.hopper and configs.moments_fused(self.rank)
-        rows = configs.operand_rows(self.rank, self.fused)
-        self.layout = plan.layout(key, pairs, tile, rows)
+        self.layout = plan.layout(key, pairs, tile, configs.operand_rows(self.rank, self.fused))
         self.sides = 2 * len(pairs)
-        self._host_table = tables.address_rows(pairs, self._row_tile.chunk, self.layout.places)
-        self._moving: Moving | None = None
+        self.alternate = self.options.alternate
+        rows = tables.address_rows(pairs, self._row_tile.chunk, self.layout.places)
+        self._table = tables.AddressTable(rows, plan.device)
         self._values: list[float] = []
         self._launch = Launcher()
 
-    def begin(self, moving: Moving, numbers: Tensor, max_norm: float | None) -> None:
-        """Bring what this step needs to the device: gradients, scalings, hyper-parameters.
+    @property
+    def options(self) -> StepOptions:
+        """The options of all pairs as they are now: they are those of the pairs' groups."""
+        return self.pairs[0].options
 
-        Args:
-            moving: addresses and strides of all gradients of the step, and all scalings.
-            numbers: the bucket's part of the per-side numbers; written by `solve` and `basis`.
-            max_norm: largest norm of all projected gradients, or None.
-        """
+    def _enter(self, moving: Moving) -> None:
+        """Bring gradients and scalings to the device: the bucket's own of all of the step."""
         own = moving
         if self._places is not None:
             addresses, strides, scalings = moving
@@ -102,17 +100,12 @@ class Bucket:
                 [strides[k] for k in self._places],
                 [scalings[k // 2] for k in self._places[::2]],
             )
-        if own != self._moving:
-            self._host_table = tables.with_moving_entries(self._host_table, own, self._moving)
-            self.table = self._plan.to_device(self._host_table)
-            self._moving = own
-        self._bring_hyper(max_norm)
-        self.numbers = numbers
+        self.table = self._table.enter(own)
 
     def _bring_hyper(self, max_norm: float | None) -> None:
         """Bring the hyper-parameters to the device; a tensor learning rate never leaves it."""
         pair = self.pairs[0]
-        options, rates = pair.options, (pair.b.lr, pair.a.lr)
+        options, rates = self.options, (pair.b.lr, pair.a.lr)
         values = [
             *(0.0 if isinstance(rate, Tensor) else _fp32(rate) for rate in rates),
             options.beta1,
@@ -124,25 +117,29 @@ class Bucket:
             options.damping,
         ]
         if values != self._values:
-            self.hyper = self._plan.to_device(torch.tensor(values, dtype=torch.float64))
+            self.hyper = tables.to_device(torch.tensor(values, dtype=torch.float64), self.device)
             self._values = values
         for index, rate in enumerate(rates):
             if isinstance(rate, Tensor):
                 self.hyper[index].copy_(rate.reshape(()).float())
 
-    def measure(self) -> None:
-        """Gram products, then per side the inverse, the transition and the norm."""
-        empty = partial(torch.empty, device=self.device)
+    def gram(self, moving: Moving) -> Tensor:
+        """Add up Gram products.
+
+        Args:
+            moving: of the step; its scalings are not read yet.
+
+        Returns:
+            Sums by tile, which live until `solve` is launched.
+        """
+        self._enter(moving)
         tiles, tile = self.layout.row_tiles, self._row_tile
-        square = (self.sides, self.width, self.width)
-        partial_sums = empty((len(tiles), 3, self.width, self.width), dtype=torch.float64)
-        self.inverse = empty(square, dtype=torch.float64)
-        self.change = empty(square, dtype=torch.float32)
-        self.changed = empty(self.sides, dtype=torch.int32)
-        moving = {"table_ptr": self.table, "partial_ptr": partial_sums}
+        partial_sums = torch.empty(
+            (len(tiles), 3, self.width, self.width), dtype=torch.float64, device=self.device
+        )
         self._launch(
             "gram",
-            moving,
+            {"table_ptr": self.table, "partial_ptr": partial_sums},
             lambda: Launch(
                 _gram_kernel,
                 len(tiles),
@@ -158,7 +155,30 @@ class Bucket:
                 },
             ),
         )
-        moving |= {
+        return partial_sums
+
+    def solve(
+        self, moving: Moving, partial_sums: Tensor, numbers: Tensor, max_norm: float | None
+    ) -> None:
+        """Find per side the inverse, the transition and the norm.
+
+        Args:
+            moving: of the step.
+            partial_sums: see :meth:`gram`.
+            numbers: the bucket's part of the per-side numbers; written by `solve` and `basis`.
+            max_norm: largest norm of all projected gradients, or None.
+        """
+        self._enter(moving)
+        self._bring_hyper(max_norm)
+        self.numbers = numbers
+        empty = partial(torch.empty, device=self.device)
+        square = (self.sides, self.width, self.width)
+        self.inverse = empty(square, dtype=torch.float64)
+        self.change = empty(square, dtype=torch.float32)
+        self.changed = empty(self.sides, dtype=torch.int32)
+        launched = {
+            "table_ptr": self.table,
+            "partial_ptr": partial_sums,
             "hyper_ptr": self.hyper,
             "inverse_ptr": self.inverse,
             "change_ptr": self.change,
@@ -167,7 +187,7 @@ class Bucket:
         }
         self._launch(
             "solve",
-            moving,
+            launched,
             lambda: Launch(
                 _solve_kernel,
                 self.sides,
@@ -175,7 +195,7 @@ class Bucket:
                 {
                     "rank": self.rank,
                     "R": self.width,
-                    "ALTERNATE": self.pairs[0].options.alternate,
+                    "ALTERNATE": self.alternate,
                 },
             ),
         )
@@ -276,7 +296,7 @@ class Bucket:
         # A descriptor needs an address even where nothing is behind it.
         residual = empty((max(1, part.residual_rows), columns.products))
         centre = torch.empty((part.residual_rows, 2), dtype=torch.float32, device=self.device)
-        common = {
+        common: dict[str, Any] = {
             "table_ptr": self.table,
             "decision_ptr": decision,
             "numbers_ptr": self.numbers,
@@ -343,11 +363,9 @@ class Bucket:
             },
         )
 
-    def _descriptor(self, tensor: Tensor, block: tuple[int, int]) -> Any:
+    def _descriptor(self, tensor: Tensor, block: tuple[int, int]) -> Tiles:
         """Describe tiles of a matrix to the tensor memory accelerator."""
-        if self.hopper:
-            return hopper_descriptor(tensor, block)
-        return TensorDescriptor.from_tensor(tensor, list(block))
+        return Tiles(tensor, block, hopper_descriptor if self.hopper else _plain_descriptor)
 
     def _update(self, part: Part) -> Launch:
         """Describe the hot loop's launch for this device, rank and precision."""
@@ -386,6 +404,11 @@ class Bucket:
                 "ASM": self.cuda,
             }
         return Launch(kernel, len(part.update_tiles), options, fixed)
+
+
+def _plain_descriptor(tensor: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """Describe tiles of a matrix to kernels that leave their layout to the compiler."""
+    return TensorDescriptor.from_tensor(tensor, list(block))
 
 
 def _fp32(value: float) -> float:

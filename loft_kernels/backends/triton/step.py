@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +17,7 @@ from torch import Tensor
 from loft_kernels.backends.triton import configs, tables
 from loft_kernels.backends.triton.bucket import DTYPES, Bucket, bucket_key
 from loft_kernels.backends.triton.layout import Layout, new_layout, signature
-from loft_kernels.backends.triton.tables import Moving
-from loft_kernels.plan import Pair
+from loft_kernels.plan import Moving, Pair
 
 
 def unsupported(pair: Pair) -> str | None:
@@ -73,7 +71,7 @@ class LaunchPlan:
         self.capability = configs.capability_of(device)
         self._pairs: Sequence[Pair] | None = None
         self._measured: Sequence[Pair] | None = None
-        self._mode: tuple = ()
+        self._exact = False
         self._buckets: list[Bucket] = []
         self._layouts: dict[tuple, tuple[tuple, Layout]] = {}
         self._constants: dict[tuple, Tensor] = {}
@@ -99,7 +97,7 @@ class LaunchPlan:
             max_norm: largest norm of all projected gradients, or None.
             exact: no product of reduced precision.
         """
-        if self._measured is not pairs or not self.serves(pairs, exact):
+        if self._measured is not pairs:
             if moving is None:
                 moving = tables.moving_entries(pairs)
             self.measure(pairs, moving, max_norm=max_norm, exact=exact)
@@ -113,26 +111,53 @@ class LaunchPlan:
                 bucket.write(decision.values)
         return decision
 
-    def serves(self, pairs: Sequence[Pair], exact: bool) -> bool:
-        """Tell whether the plan is laid out for these pairs and options."""
-        return pairs is self._pairs and _mode(pairs, exact) == self._mode
-
     def measure(
-        self, pairs: Sequence[Pair], moving: Moving, *, max_norm: float | None, exact: bool
+        self,
+        pairs: Sequence[Pair],
+        moving: Moving,
+        *,
+        max_norm: float | None,
+        exact: bool,
+        confirm: Callable[[], Moving | None] | None = None,
     ) -> None:
-        """Measure Gram products, inverses and norms into workspace; see :meth:`step`."""
-        if not self.serves(pairs, exact):
+        """Measure Gram products, inverses and norms into workspace; see :meth:`step`.
+
+        Args:
+            pairs: of the step.
+            moving: of the step; with ``confirm`` its scalings may be those of the step before.
+            max_norm: see :meth:`step`.
+            exact: see :meth:`step`.
+            confirm: reads the rest while the first launch is on its way, which needs nothing but
+                addresses: returns ``moving``, or None to give up. Other pairs than those of the
+                last step, or other options, are not measured then.
+        """
+        if confirm is None and not self._serves(pairs, exact):
             self._buckets = self._new_buckets(pairs, exact)
-            self._pairs, self._mode = pairs, _mode(pairs, exact)
-        shape = (2 * len(pairs), tables.NUMBERS.value)
-        self._numbers = torch.empty(shape, dtype=torch.float64, device=self.device)
-        first = 0
+            self._pairs, self._exact = pairs, exact
+        if pairs is not self._pairs:
+            return
         with self._on_device():
-            for bucket in self._buckets:
-                bucket.begin(moving, self._numbers[first : first + bucket.sides], max_norm)
-                bucket.measure()
+            sums = [bucket.gram(moving) for bucket in self._buckets]
+            if confirm is not None:
+                confirmed = confirm()
+                if confirmed is None or not self._serves(pairs, exact):
+                    return
+                moving = confirmed
+            shape = (2 * len(pairs), tables.NUMBERS.value)
+            self._numbers = torch.empty(shape, dtype=torch.float64, device=self.device)
+            first = 0
+            for bucket, partial_sums in zip(self._buckets, sums, strict=True):
+                own = self._numbers[first : first + bucket.sides]
+                bucket.solve(moving, partial_sums, own, max_norm)
                 first += bucket.sides
         self._measured = pairs
+
+    def _serves(self, pairs: Sequence[Pair], exact: bool) -> bool:
+        """Tell whether the plan is laid out for these pairs and options."""
+        if pairs is not self._pairs or exact != self._exact:
+            return False
+        # Alternation decides which sides may share workspace.
+        return all(bucket.alternate == bucket.options.alternate for bucket in self._buckets)
 
     def forget(self) -> None:
         """Drop what was measured for a step that another path took, or that was refused."""
@@ -194,21 +219,9 @@ class LaunchPlan:
         wanted = signature(pairs)
         cached = self._layouts.get((key, tile))
         if cached is None or cached[0] != wanted:
-            new = new_layout(
-                key[0], pairs, self.device, self.capability, tile, operand_rows
-            )
+            new = new_layout(key[0], pairs, self.device, self.capability, tile, operand_rows)
             cached = self._layouts[key, tile] = (wanted, new)
         return cached[1]
-
-    def to_device(self, host: Tensor) -> Tensor:
-        """Copy to the device without waiting for it."""
-        source = host.pin_memory() if self.device.type == "cuda" else host.clone()
-        return source.to(self.device, non_blocking=True)
-
-
-def _mode(pairs: Sequence[Pair], exact: bool) -> tuple[Any, ...]:
-    """Name what a layout depends on: alternation decides which sides may share workspace."""
-    return (exact, [pair.options.alternate for pair in pairs])
 
 
 def _nothing_outside() -> Tensor:

@@ -11,13 +11,12 @@ import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from loft_kernels.plan import Factor, Pair
+from loft_kernels.plan import Factor, Moving, Pair
 
 # Columns of the address table. Constexpr, so that kernels can use them as literals.
 PARAM = tl.constexpr(0)
@@ -110,16 +109,8 @@ def _addresses(factor: Factor, scaling: float) -> list[int]:
     ]
 
 
-Moving = tuple[list[Any], list[Any], list[float]]
-
-
 def moving_entries(pairs: Sequence[Pair]) -> Moving:
-    """List what changes from step to step.
-
-    Returns:
-        Per factor, B and A of every pair in turn: the address of its gradient (0 without one) and
-        its strides (() without one); and per pair the scaling.
-    """
+    """List what changes from step to step; see ``plan.Moving``."""
     grads = [f.grad for pair in pairs for f in (pair.b, pair.a)]
     return (
         [0 if g is None else g.data_ptr() for g in grads],
@@ -128,27 +119,52 @@ def moving_entries(pairs: Sequence[Pair]) -> Moving:
     )
 
 
-def with_moving_entries(table: Tensor, moving: Moving, before: Moving | None) -> Tensor:
-    """Return a copy of an address table with other gradients and scalings.
+class AddressTable:
+    """The address table of a bucket: on the host, and as it was brought to the device.
 
     Args:
-        table: see :func:`address_rows`.
-        moving: what to enter.
-        before: what the table holds, if known.
+        rows: see :func:`address_rows`; changed in place from now on.
+        device: where the kernels read it.
     """
-    table = table.clone()
-    addresses, strides, scalings = moving
-    # torch.tensor reads a list twice as slowly.
-    table[:, GRAD.value] = torch.frombuffer(array("q", addresses), dtype=torch.int64)
-    if before is None or strides != before[1]:
-        stored = torch.tensor([s or (0, 0) for s in strides])
-        # Sides alternate between B, whose rows are stored rows, and A, whose rows are columns.
-        table[0::2, GRAD.value + 1 : GRAD.value + 3] = stored[0::2]
-        table[1::2, GRAD.value + 1 : GRAD.value + 3] = stored[1::2].flip(1)
-    if before is None or scalings != before[2]:
-        bits = torch.tensor(scalings, dtype=torch.float64).view(torch.int64)
-        table[:, SCALING.value] = bits.repeat_interleave(2)
-    return table
+
+    def __init__(self, rows: Tensor, device: torch.device) -> None:
+        """Start with rows whose gradients and scalings may be of any step."""
+        self._rows, self._device = rows, device
+        self._addresses = rows[:, GRAD.value]
+        self._moving: Moving | None = None
+        self._on_device: Tensor
+
+    def enter(self, moving: Moving) -> Tensor:
+        """Return the table on the device, brought there if gradients or scalings have changed.
+
+        A table there is never written again: what reads it may still be running.
+        """
+        if moving == self._moving:
+            return self._on_device
+        addresses, strides, scalings = moving
+        known = self._moving
+        self._moving = None
+        # torch.tensor reads a list twice as slowly.
+        self._addresses.copy_(torch.frombuffer(array("q", addresses), dtype=torch.int64))
+        if known is None or strides != known[1]:
+            stored = torch.tensor([s or (0, 0) for s in strides])
+            # Sides alternate between B, whose rows are stored rows, and A, whose rows are columns.
+            self._rows[0::2, GRAD.value + 1 : GRAD.value + 3] = stored[0::2]
+            self._rows[1::2, GRAD.value + 1 : GRAD.value + 3] = stored[1::2].flip(1)
+        if known is None or scalings != known[2]:
+            bits = torch.tensor(scalings, dtype=torch.float64).view(torch.int64)
+            self._rows[:, SCALING.value] = bits.repeat_interleave(2)
+        self._on_device = to_device(self._rows, self._device)
+        self._moving = moving
+        return self._on_device
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for it; `host` may be written again at once."""
+    # Pageable memory would be waited for, and pinned memory read after this returns: torch gives
+    # a pinned block out again only when the copy that it serves is done.
+    staging = torch.empty_like(host, pin_memory=device.type == "cuda")
+    return staging.copy_(host).to(device, non_blocking=True)
 
 
 def row_tiles(pairs: Sequence[Pair], block_rows: int, heaviest_first: bool = False) -> Tensor:
