@@ -26,6 +26,7 @@ from loft_kernels.backends.triton.packing import packing, pair_table
 from loft_kernels.backends.triton.solve import _solve_kernel
 from loft_kernels.backends.triton.update import _update_kernel
 from loft_kernels.backends.triton.update_hopper import _update_hopper_kernel, hopper_descriptor
+from loft_kernels.backends.triton.update_hopper_broad import _update_hopper_broad_kernel
 from loft_kernels.backends.triton.update_hopper_wide import _update_hopper_wide_kernel
 from loft_kernels.plan import Moving, Pair, StepOptions
 
@@ -321,7 +322,14 @@ class Bucket:
         tile, describe = self.layout.tile, self._descriptor
         widths = {"main": columns.main, "tail": columns.tail or 16, "halves": self.width}
         common |= {k: describe(partner, (tile.block_n, v)) for k, v in widths.items()}
-        if not (self.hopper and configs.resident(self.rank)):
+        if self.fused:
+            boxes = {"main": (partner, 256, 32), "halves": (partner, 256, 64)}
+            boxes["residual_main"] = (residual, 128, 32)
+            del common["tail"]
+            common |= {k: describe(x, (m, n)) for k, (x, m, n) in boxes.items()}
+            common["centre_ptr"] = centre
+            common["direction_ptr"] = residual
+        elif not (self.hopper and configs.resident(self.rank)):
             common["centre_ptr"] = centre
             for key in ("main", "tail"):
                 common[f"residual_{key}"] = describe(residual, (tile.block_m, widths[key]))
@@ -382,7 +390,11 @@ class Bucket:
             "HAS_MASTER": self.param_dtype != torch.float32,
             "PARAM_DTYPE": DTYPES[self.param_dtype],
         }
-        if self.hopper:
+        if self.fused:
+            fixed = {k: fixed[k] for k in ("tiles_ptr", "rank", "HAS_MASTER", "PARAM_DTYPE")}
+            fixed |= {"PRODUCTS": columns.products, "STAGES": 4, "SECOND": False}
+            kernel = _update_hopper_broad_kernel
+        elif self.hopper:
             fixed["STAGES"] = tile.stages
             if resident:
                 kernel = _update_hopper_kernel

@@ -88,7 +88,7 @@ def new_layout(
         space = tables.workspace(
             shapes[part],
             operand_rows,
-            configs.PADDED_ROWS,
+            256 if operand_rows == 64 else configs.PADDED_ROWS,
             shared=shared,
             residuals=not configs.resident(rank),
         )
