@@ -76,6 +76,8 @@ def cases_of(stages: Sequence[str], ranks: Sequence[int]) -> list[Case]:
         own = stage == "update" and capability() == configs.HOPPER
         table = "hopper" if own else stage
         for rank in ranks:
+            if own and configs.broad(rank):
+                continue  # One tile fits the kernel of these ranks.
             found.setdefault((stage, table, configs.entry_rank(table, rank)), []).append(rank)
     return [Case(*key, tuple(served)) for key, served in found.items()]
 

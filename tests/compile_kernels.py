@@ -20,12 +20,13 @@ from loft_kernels.backends.triton import configs
 from loft_kernels.backends.triton.basis import _basis_kernel
 from loft_kernels.backends.triton.gram import _gram_kernel
 from loft_kernels.backends.triton.moments import _moments_kernel
-from loft_kernels.backends.triton.moments_hopper import _moments_hopper_kernel
+from loft_kernels.backends.triton.moments_hopper import REGISTERS, _moments_hopper_kernel
 from loft_kernels.backends.triton.operands import _operands_kernel
 from loft_kernels.backends.triton.packing import packing
 from loft_kernels.backends.triton.solve import _solve_kernel
 from loft_kernels.backends.triton.update import _update_kernel
 from loft_kernels.backends.triton.update_hopper import _update_hopper_kernel
+from loft_kernels.backends.triton.update_hopper_broad import DEPTH, _update_hopper_broad_kernel
 from loft_kernels.backends.triton.update_hopper_wide import _update_hopper_wide_kernel
 
 POINTERS = {
@@ -87,7 +88,7 @@ def compile_rows(capability: int, rank: int) -> None:
     compile_kernel(_solve_kernel, capability, common, {"num_warps": 4 if width <= 32 else 8})
     compile_kernel(_basis_kernel, capability, common, row_warps)
     operands = {
-        "BLOCK": configs.operand_rows(rank, False),
+        "BLOCK": configs.operand_rows(rank),
         "N": configs.narrow_rank(rank),
         "R": width,
         "PRODUCTS": columns.products,
@@ -109,8 +110,9 @@ def compile_rows(capability: int, rank: int) -> None:
         "EXACT": False,
     }
     compile_kernel(_moments_kernel, capability, rows, {"num_warps": moments.warps})
-    if capability == 90 and configs.moments_fused(rank):
-        compile_kernel(_moments_hopper_kernel, capability, rows, {"num_warps": 4, "maxnreg": 168})
+    if capability == 90 and configs.broad(rank):
+        options = {"num_warps": 4, "maxnreg": REGISTERS}
+        compile_kernel(_moments_hopper_kernel, capability, rows, options)
 
 
 def compile_hot_loop(capability: int, rank: int, gluon: bool) -> None:
@@ -144,6 +146,13 @@ def compile_hot_loop(capability: int, rank: int, gluon: bool) -> None:
         compile_kernel(_update_kernel, capability, hot, options | {"num_stages": tile.stages})
         return
     kernel = _update_hopper_kernel if resident else _update_hopper_wide_kernel
+    if configs.broad(rank):
+        kernel = _update_hopper_broad_kernel
+        hot |= {"PRODUCTS": columns.products, "SECOND": False}
+        hot |= {
+            "main": described(tile.block_n, DEPTH, gluon),
+            "residual_main": described(tile.block_m, DEPTH, gluon),
+        }
     compile_kernel(kernel, capability, hot, options | {"maxnreg": tile.registers})
 
 

@@ -161,6 +161,9 @@ def test_candidates_are_valid_neighbours(monkeypatch, capability):
     cases = tiles.cases_of(list(tiles.KERNELS), [1, 4, 8, 16, 32, 64])
     hot = "hopper" if capability == HOPPER else "update"
     assert {case.table for case in cases if case.stage == "update"} == {hot}
+    # One tile fits the kernel of 9.0 and ranks 33 to 64.
+    swept = {rank for case in cases if case.stage == "update" for rank in case.ranks}
+    assert (64 in swept) == (capability != HOPPER)
     assert [c.ranks for c in cases if c.table == "rows"] == [(1, 4, 8, 16), (32,), (64,)]
     for case in cases:
         found = tiles.candidates(case)

@@ -40,8 +40,8 @@ HOPPER = {
     8: UpdateTile(64, 64, 4, 4, 168),
     16: UpdateTile(64, 64, 4, 3, 168),
 }
-# Of ranks 17 to 64: as many stages as fit beside the rest of each.
-WIDE_STAGES = "444444444444443445454454554554455444555444444455"
+# Of ranks 17 to 32: as many stages as fit beside the rest of each.
+WIDE_STAGES = "4444444444444434"
 
 
 def serving(table: dict, rank: int):
@@ -64,6 +64,8 @@ def test_every_gpu_gets_the_tiles_that_were_measured_or_the_defaults(capability,
 def test_kernels_of_9_0_get_the_stages_that_fit(rank):
     if rank <= 16:
         expected = serving(HOPPER, rank)
+    elif rank > 32:
+        expected = UpdateTile(128, 256, 8, 4, None)
     else:
         expected = UpdateTile(128, 128, 8, int(WIDE_STAGES[rank - 17]), None)
     assert configs.hopper_tile(rank) == expected
@@ -72,7 +74,7 @@ def test_kernels_of_9_0_get_the_stages_that_fit(rank):
 def test_entries_serve_the_ranks_that_find_them():
     for table, (_, widths) in configs.TABLES.items():
         served = {r: w for w in widths for r in configs.served_ranks(table, w)}
-        assert served == {r: configs.entry_rank(table, r) for r in range(1, 65)}
+        assert served == {r: configs.entry_rank(table, r) for r in range(1, widths[-1] + 1)}
 
 
 def test_measured_entries_say_on_what():
@@ -115,9 +117,9 @@ BROKEN = {
         "default: update: 8: .* block_n is 16 to 128",
     ),
     "warp groups": (
-        ("9.0", "hopper", "64", "tile", "warps"),
+        ("9.0", "hopper", "32", "tile", "warps"),
         4,
-        "9.0: hopper: 64: .* block_m / 16",
+        "9.0: hopper: 32: .* block_m / 16",
     ),
     "one stage": (("9.0", "hopper", "8", "tile", "stages"), 1, "9.0: hopper: 8: .* two stages"),
     "unknown field": ((*MOMENT, "colums"), 64, "9.0: moments: 8: tile: colums missing or unknown"),

@@ -20,13 +20,20 @@ from loft_kernels.backends.triton.gram import _gram_kernel
 from loft_kernels.backends.triton.launch import Launch, Launcher, Tiles
 from loft_kernels.backends.triton.layout import Part
 from loft_kernels.backends.triton.moments import _moments_kernel
-from loft_kernels.backends.triton.moments_hopper import _moments_hopper_kernel
+from loft_kernels.backends.triton.moments_hopper import (
+    MOVING_ROWS,
+    REGISTERS,
+    _moments_hopper_kernel,
+)
 from loft_kernels.backends.triton.operands import _operands_kernel
 from loft_kernels.backends.triton.packing import packing, pair_table
 from loft_kernels.backends.triton.solve import _solve_kernel
 from loft_kernels.backends.triton.update import _update_kernel
 from loft_kernels.backends.triton.update_hopper import _update_hopper_kernel, hopper_descriptor
-from loft_kernels.backends.triton.update_hopper_broad import _update_hopper_broad_kernel
+from loft_kernels.backends.triton.update_hopper_broad import (
+    DEPTH,
+    _update_hopper_broad_kernel,
+)
 from loft_kernels.backends.triton.update_hopper_wide import _update_hopper_wide_kernel
 from loft_kernels.plan import Moving, Pair, StepOptions
 
@@ -77,8 +84,9 @@ class Bucket:
         else:
             tile = configs.update_tile(plan.capability, self.rank)
         self._row_tile = configs.row_tile(plan.capability, self.rank)
-        self.fused = self.hopper and configs.moments_fused(self.rank)
-        self.layout = plan.layout(key, pairs, tile, configs.operand_rows(self.rank, self.fused))
+        self.broad = self.hopper and configs.broad(self.rank)
+        rows = MOVING_ROWS if self.broad else configs.operand_rows(self.rank)
+        self.layout = plan.layout(key, pairs, tile, rows)
         self.sides = 2 * len(pairs)
         self.alternate = self.options.alternate
         rows = tables.address_rows(pairs, self._row_tile.chunk, self.layout.places)
@@ -276,7 +284,7 @@ class Bucket:
                 "IDLE": tile.idle,
                 "COLUMNS_P": tile.columns,
                 "GRAD_DTYPE": DTYPES[self.grad_dtype],
-                "IDLE_ONLY": self.fused,
+                "IDLE_ONLY": self.broad,
                 "EXACT": self.exact,
             },
         )
@@ -309,7 +317,7 @@ class Bucket:
             "residual_ptr": residual,
             "centre_ptr": centre,
         }
-        if self.fused:
+        if self.broad:
             written |= {
                 "inverse_ptr": self.inverse,
                 "change_ptr": self.change,
@@ -322,12 +330,13 @@ class Bucket:
         tile, describe = self.layout.tile, self._descriptor
         widths = {"main": columns.main, "tail": columns.tail or 16, "halves": self.width}
         common |= {k: describe(partner, (tile.block_n, v)) for k, v in widths.items()}
-        if self.fused:
-            boxes = {"main": (partner, 256, 32), "halves": (partner, 256, 64)}
-            boxes["residual_main"] = (residual, 128, 32)
+        if self.broad:
+            common |= {
+                "main": describe(partner, (tile.block_n, DEPTH)),
+                "residual_main": describe(residual, (tile.block_m, DEPTH)),
+                "centre_ptr": centre,
+            }
             del common["tail"]
-            common |= {k: describe(x, (m, n)) for k, (x, m, n) in boxes.items()}
-            common["centre_ptr"] = centre
             common["direction_ptr"] = residual
         elif not (self.hopper and configs.resident(self.rank)):
             common["centre_ptr"] = centre
@@ -346,7 +355,7 @@ class Bucket:
                 "tiles_ptr": part.operand_tiles,
                 "pairs_ptr": self.pair_table,
                 "rank": self.rank,
-                "BLOCK": configs.operand_rows(self.rank, self.fused),
+                "BLOCK": configs.operand_rows(self.rank),
                 "N": configs.narrow_rank(self.rank),
                 "R": self.width,
                 "PRODUCTS": columns.products,
@@ -361,7 +370,7 @@ class Bucket:
         return Launch(
             _moments_hopper_kernel,
             len(part.operand_tiles),
-            self._options(4, 168),
+            self._options(4, REGISTERS),
             {
                 "tiles_ptr": part.operand_tiles,
                 "RANK": self.rank,
@@ -390,9 +399,9 @@ class Bucket:
             "HAS_MASTER": self.param_dtype != torch.float32,
             "PARAM_DTYPE": DTYPES[self.param_dtype],
         }
-        if self.fused:
+        if self.broad:
             fixed = {k: fixed[k] for k in ("tiles_ptr", "rank", "HAS_MASTER", "PARAM_DTYPE")}
-            fixed |= {"PRODUCTS": columns.products, "STAGES": 4, "SECOND": False}
+            fixed |= {"PRODUCTS": columns.products, "STAGES": tile.stages, "SECOND": False}
             kernel = _update_hopper_broad_kernel
         elif self.hopper:
             fixed["STAGES"] = tile.stages

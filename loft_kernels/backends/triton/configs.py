@@ -85,16 +85,19 @@ Tile = RowTile | UpdateTile | MomentTile
 
 # What an entry of each table is, and the padded ranks of the entries. `hopper` holds the tiles of
 # `update_hopper`, whose registers leave room for four or three programs on a multiprocessor, and
-# of `update_hopper_wide`, one of which fills the shared memory.
+# of `update_hopper_wide`, one of which fills the shared memory. `update_hopper_broad` has one tile.
 TABLES: dict[str, tuple[type[Tile], tuple[int, ...]]] = {
     "update": (UpdateTile, (8, 16, 32, 64)),
-    "hopper": (UpdateTile, (4, 8, 16, 32, 64)),
+    "hopper": (UpdateTile, (4, 8, 16, 32)),
     "rows": (RowTile, (16, 32, 64)),
     "moments": (MomentTile, (4, 8, 16, 32, 64)),
 }
 
 # fp32 operands take twice the shared memory.
 EXACT_TILE = UpdateTile(64, 64, 4, 2)
+
+# The tile of `update_hopper_broad`: one program fills the registers and the shared memory.
+BROAD_TILE = UpdateTile(128, 256, 8, 4)
 
 # By capability (None for the defaults), table and padded rank.
 Key = tuple[Capability | None, str, int]
@@ -241,6 +244,8 @@ def update_tile(capability: Capability, rank: int) -> UpdateTile:
 
 def hopper_tile(rank: int) -> UpdateTile:
     """Return the tile of the hot loop on compute capability 9.0, as deep as memory allows."""
+    if broad(rank):
+        return BROAD_TILE
     return _deepest(entry(HOPPER, "hopper", rank), rank)
 
 
@@ -278,13 +283,14 @@ def residual_held(rank: int) -> bool:
     return rank <= 32
 
 
-def operand_rows(rank: int, fused: bool) -> int:
+def operand_rows(rank: int) -> int:
     """Return the rows of a tile of `operands`: few, where P is to stay cached between its reads."""
-    if fused:
-        return 64
     return 128 if resident(rank) else 8
 
 
-def moments_fused(rank: int) -> bool:
-    """Tell whether `moments_hopper` serves the factors of a rank that move."""
+def broad(rank: int) -> bool:
+    """Tell whether one row's P fills a tile of the tensor cores.
+
+    `moments_hopper` and `update_hopper_broad` serve these ranks on compute capability 9.0.
+    """
     return 32 < rank <= 64

@@ -88,7 +88,7 @@ def new_layout(
         space = tables.workspace(
             shapes[part],
             operand_rows,
-            256 if operand_rows == 64 else configs.PADDED_ROWS,
+            max(configs.PADDED_ROWS, tile.block_n),
             shared=shared,
             residuals=not configs.resident(rank),
         )

@@ -61,8 +61,10 @@ from loft_kernels.backends.triton.tables import (
 # Triton 3.9 renamed it.
 _fetch = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
-# Rows of a program, and the padded rank.
-BLOCK = 64
+# Rows of a program, and registers of a thread: three programs share a multiprocessor.
+MOVING_ROWS, REGISTERS = 64, 168
+
+# The padded rank.
 _R = gl.constexpr(64)
 
 # Where the largest square of a row's g and the sum of those of its m are parked, behind g.

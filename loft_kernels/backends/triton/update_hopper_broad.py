@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from loft_kernels.backends.triton.configs import BROAD_TILE
 from loft_kernels.backends.triton.operands import load_half, scale_of, shrink_of
 from loft_kernels.backends.triton.tables import (
     BIAS1,
@@ -37,9 +38,10 @@ from loft_kernels.backends.triton.tables import (
 from loft_kernels.backends.triton.update import guarded, two_entries
 from loft_kernels.backends.triton.update_hopper import fetch_tile, project_back
 
-# Rows and partner rows of a tile, columns of a block of the contraction.
-BLOCK_M, BLOCK_N, DEPTH = 128, 256, 32
-_M, _N, _K, _R = (gl.constexpr(x) for x in (BLOCK_M, BLOCK_N, DEPTH, 64))
+# Columns of a block of the contraction.
+DEPTH = 32
+_M, _N = gl.constexpr(BROAD_TILE.block_m), gl.constexpr(BROAD_TILE.block_n)
+_K, _R = gl.constexpr(DEPTH), gl.constexpr(64)
 _QUARTER = gl.constexpr(64)
 
 
