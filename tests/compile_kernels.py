@@ -36,6 +36,7 @@ POINTERS = {
     "change_ptr": "*fp32",
     "centre_ptr": "*fp32",
     "partner_ptr": "*fp16",
+    "direction_ptr": "*fp16",
     "residual_ptr": "*fp16",
     "rank": "i32",
     "all_sides": "i32",

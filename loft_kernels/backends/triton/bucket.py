@@ -270,7 +270,8 @@ class Bucket:
         partner = empty((part.partner_rows, columns.width))
         # A descriptor needs an address even where nothing is behind it.
         residual = empty((max(1, part.residual_rows), columns.products))
-        centre = torch.empty((part.residual_rows, 2), dtype=torch.float32, device=self.device)
+        centre = torch.empty((part.residual_rows, 4), dtype=torch.float32, device=self.device)
+        direction = empty((part.residual_rows, columns.half))
         common = {
             "table_ptr": self.table,
             "decision_ptr": decision,
@@ -284,6 +285,7 @@ class Bucket:
                 "partner_ptr": partner,
                 "residual_ptr": residual,
                 "centre_ptr": centre,
+                "direction_ptr": direction,
             },
             lambda: Launch(
                 _operands_kernel,
@@ -308,7 +310,7 @@ class Bucket:
         widths = {"main": columns.main, "tail": columns.tail or 16, "halves": self.width}
         common |= {k: describe(partner, (tile.block_n, v)) for k, v in widths.items()}
         if not (self.hopper and configs.resident(self.rank)):
-            common["centre_ptr"] = centre
+            common |= {"centre_ptr": centre, "direction_ptr": direction}
             for key in ("main", "tail"):
                 common[f"residual_{key}"] = describe(residual, (tile.block_m, widths[key]))
         self._launch(("update", index), common, lambda: self._update(part))
