@@ -32,6 +32,59 @@ from loft_kernels.backends.triton.tables import EXP_AVG, ROWS, SECOND_MOMENT
 
 
 @gluon.jit
+def _first_rows(
+    row_ptr,
+    pairs_ptr,
+    start,
+    rank,
+    unbias1,
+    unbias2,
+    BLOCK_M: gl.constexpr,
+    BY_MAIN: gl.constexpr,
+    BY_16: gl.constexpr,
+    MAIN: gl.constexpr,
+    TAIL: gl.constexpr,
+):
+    """Load the moments of some rows and find the first centre.
+
+    Returns what a block of packed entries is made of (P^, m^^T m^, weights) for both blocks, the
+    units in both layouts, a, |P|^2, |R|^2 and how far the trace is below its limit.
+    """
+    m_ptr = gl.load(row_ptr + EXP_AVG).to(gl.pointer_type(gl.float32))
+    p_ptr = gl.load(row_ptr + SECOND_MOMENT).to(gl.pointer_type(gl.float32))
+    m_ptr, p_ptr, left = from_row(m_ptr, p_ptr, gl.load(row_ptr + ROWS), start, rank)
+    rowwise: gl.constexpr = gl.SliceLayout(1, BY_MAIN)
+    rowwise16: gl.constexpr = gl.SliceLayout(1, BY_16)
+    o_row16 = gl.arange(0, BLOCK_M, rowwise16)
+    o_16 = gl.arange(0, 16, gl.SliceLayout(0, BY_16))
+    diagonal = diagonal_of(p_ptr, o_row16 < left, o_row16, o_16, rank) * unbias2
+    unit16 = unit_of(diagonal)
+    m_sq = norm_sq_of(m_ptr, o_row16 < left, o_row16, o_16, rank, unbias1, unit16)
+    unit = gl.convert_layout(unit16, rowwise)
+    m_sq = gl.convert_layout(m_sq, rowwise)
+    o_row = gl.arange(0, BLOCK_M, rowwise)
+    o_k = gl.arange(0, MAIN, gl.SliceLayout(0, BY_MAIN))
+    p, m_m, weight = moment_entries(
+        m_ptr, p_ptr, pairs_ptr, o_row, left, o_k, rank, unbias1, unbias2
+    )
+    main = (p, m_m, weight[None, :])
+    tail = main
+    p_sq, mpm = sums_of(main[0], main[1], main[2], unit)
+    if TAIL > 0:
+        p_t, m_m_t, weight_t = moment_entries(
+            m_ptr, p_ptr, pairs_ptr, o_row16, left, MAIN + o_16, rank, unbias1, unbias2
+        )
+        tail = (p_t, m_m_t, weight_t[None, :])
+        more = sums_of(tail[0], tail[1], tail[2], unit16)
+        p_sq += gl.convert_layout(more[0], rowwise)
+        mpm += gl.convert_layout(more[1], rowwise)
+    a, r_sq = first_centre(p_sq, mpm, m_sq)
+    limit = gl.convert_layout(trace_limit(p_sq, r_sq, a, m_sq), rowwise16)
+    below = limit - gl.sum(diagonal, axis=1) * unit16
+    return main, tail, unit, unit16, a, p_sq, r_sq, below
+
+
+@gluon.jit
 def _second_rows(
     row_ptr,
     pairs_ptr,
@@ -39,11 +92,6 @@ def _second_rows(
     rank,
     unbias1,
     unbias2,
-    unit,
-    unit16,
-    a,
-    p_sq,
-    r_sq,
     eps,
     BLOCK_M: gl.constexpr,
     BY_MAIN: gl.constexpr,
@@ -52,71 +100,66 @@ def _second_rows(
     MAIN: gl.constexpr,
     TAIL: gl.constexpr,
 ):
-    """Return what is streamed against the tiles, anew for a second centre; see ``update``.
+    """Return what ``residual_rows`` does, anew for a second centre; see ``residual``.
 
-    Few blocks come here: P is loaded again, so that the others keep nothing for this.
+    Few blocks come here: all is loaded again, so that the others keep nothing for it.
     """
     rowwise: gl.constexpr = gl.SliceLayout(1, BY_MAIN)
     rowwise16: gl.constexpr = gl.SliceLayout(1, BY_16)
     left_wide: gl.constexpr = gl.DotOperandLayout(0, WIDE, 2)
+    main, tail, unit, unit16, a, p_sq, r_sq, _ = _first_rows(
+        row_ptr, pairs_ptr, start, rank, unbias1, unbias2, BLOCK_M, BY_MAIN, BY_16, MAIN, TAIL
+    )
     m_ptr = gl.load(row_ptr + EXP_AVG).to(gl.pointer_type(gl.float32))
     p_ptr = gl.load(row_ptr + SECOND_MOMENT).to(gl.pointer_type(gl.float32))
     m_ptr, p_ptr, left = from_row(m_ptr, p_ptr, gl.load(row_ptr + ROWS), start, rank)
     o_row, o_row16 = gl.arange(0, BLOCK_M, rowwise), gl.arange(0, BLOCK_M, rowwise16)
     o_16 = gl.arange(0, 16, gl.SliceLayout(0, BY_16))
+    o_k = gl.arange(0, MAIN, gl.SliceLayout(0, BY_MAIN))
     m, w, by_m, _, _ = second_direction(
         m_ptr, p_ptr, o_row16 < left, o_row16, o_16, rank, unbias1, unbias2, unit16
     )
     half = w.to(gl.float16)
     w = half.to(gl.float32)
-    m_w, w_sq = gl.sum(m * w, axis=1), gl.sum(w * w, axis=1)
-    m_scale = by_m * gl.sqrt(unit16) * unbias1
-    if TAIL > 0:
-        o_t = MAIN + o_16
-        tail, m_m, weight_t = moment_entries(
-            m_ptr, p_ptr, pairs_ptr, o_row16, left, o_t, rank, unbias1, unbias2
-        )
-        tail = (tail - gl.convert_layout(a, rowwise16)[:, None] * m_m) * unit16[:, None]
-        terms_t = second_terms(m_ptr, w, pairs_ptr, o_row16, left, o_t, rank, m_scale)
-        sums = second_sums(tail, weight_t[None, :], terms_t)
-    o_k = gl.arange(0, MAIN, gl.SliceLayout(0, BY_MAIN))
-    main, m_m, weight = moment_entries(
-        m_ptr, p_ptr, pairs_ptr, o_row, left, o_k, rank, unbias1, unbias2
-    )
-    main = (main - a[:, None] * m_m) * unit[:, None]
-    m_scale = gl.convert_layout(m_scale, rowwise)
+    m_w = gl.convert_layout(gl.sum(m * w, axis=1), rowwise)
+    w_sq = gl.convert_layout(gl.sum(w * w, axis=1), rowwise)
+    m_scale16 = by_m * gl.sqrt(unit16) * unbias1
+    m_scale = gl.convert_layout(m_scale16, rowwise)
+    by_m = gl.convert_layout(by_m, rowwise)
+    r_main = (main[0] - a[:, None] * main[1]) * unit[:, None]
     terms = second_terms(m_ptr, w, pairs_ptr, o_row, left, o_k, rank, m_scale)
-    m_r_w, w_r_w = second_sums(main, weight[None, :], terms)
+    m_r_w, w_r_w = second_sums(r_main, main[2], terms)
     if TAIL > 0:
+        r_tail = (tail[0] - gl.convert_layout(a, rowwise16)[:, None] * tail[1]) * unit16[:, None]
+        terms_t = second_terms(m_ptr, w, pairs_ptr, o_row16, left, MAIN + o_16, rank, m_scale16)
+        sums = second_sums(r_tail, tail[2], terms_t)
         m_r_w += gl.convert_layout(sums[0], rowwise)
         w_r_w += gl.convert_layout(sums[1], rowwise)
-    b, c, gain, lost = second_centre(
-        m_r_w, w_r_w, gl.convert_layout(m_w, rowwise), gl.convert_layout(w_sq, rowwise)
-    )
+    b, c, gain, lost = second_centre(m_r_w, w_r_w, m_w, w_sq)
     sigma_sq = sigma_sq_of(clamped(r_sq - lost, p_sq), unit)
     by_unit = sigma_sq / unit
     shrink = shrink_of(eps * gl.sqrt(sigma_sq))
     counts = by_unit * shrink * shrink
-    main = less_second(main, terms, gain, b, c) * (counts[:, None] * weight[None, :])
-    main = gl.convert_layout(main.to(gl.float16), left_wide)
+    r_main = less_second(r_main, terms, gain, b, c) * (counts[:, None] * main[2])
+    r_main = gl.convert_layout(r_main.to(gl.float16), left_wide)
     if TAIL > 0:
-        tail = less_second(
-            tail,
+        r_tail = less_second(
+            r_tail,
             terms_t,
             gl.convert_layout(gain, rowwise16),
             gl.convert_layout(b, rowwise16),
             gl.convert_layout(c, rowwise16),
         )
-        tail *= gl.convert_layout(counts, rowwise16)[:, None] * weight_t[None, :]
-        tail = gl.convert_layout(tail.to(gl.float16), left_wide)
+        r_tail *= gl.convert_layout(counts, rowwise16)[:, None] * tail[2]
+        r_tail = gl.convert_layout(r_tail.to(gl.float16), left_wide)
     else:
-        tail = main
-    by_m = gl.convert_layout(by_m, rowwise)
-    a += gain * by_m * by_m
+        r_tail = r_main
+    a = gl.convert_layout(a + gain * by_m * by_m, gl.SliceLayout(1, WIDE))
     b *= 2 * by_m * gl.sqrt(by_unit) * shrink * shrink
     b = gl.convert_layout(b, gl.SliceLayout(1, WIDE))
     c = gl.convert_layout(c * counts, gl.SliceLayout(1, WIDE))
-    return a, b, c, sigma_sq, gl.convert_layout(half, left_wide), main, tail
+    w = gl.convert_layout(half, left_wide)
+    return a, b, c, gl.convert_layout(sigma_sq, rowwise16), w, r_main, r_tail
 
 
 @gluon.jit
@@ -138,58 +181,34 @@ def residual_rows(
 ):
     """Form the centred second moment of some rows in two blocks, as left operands of products.
 
-    Before it: whether there is a second centre, the coefficients of ``centre``, sigma^2 and w.
+    Before it: whether there is a second centre, a, 2 b and c as rows of a tile have them (2 b and c
+    with all scales, 0 without a second centre), sigma^2 in the rows of BY_16 and w.
     """
-    left_wide: gl.constexpr = gl.DotOperandLayout(0, WIDE, 2)
-    m_ptr = gl.load(row_ptr + EXP_AVG).to(gl.pointer_type(gl.float32))
-    p_ptr = gl.load(row_ptr + SECOND_MOMENT).to(gl.pointer_type(gl.float32))
-    m_ptr, p_ptr, left = from_row(m_ptr, p_ptr, gl.load(row_ptr + ROWS), start, rank)
-    rowwise: gl.constexpr = gl.SliceLayout(1, BY_MAIN)
     rowwise16: gl.constexpr = gl.SliceLayout(1, BY_16)
-    o_row16 = gl.arange(0, BLOCK_M, rowwise16)
-    o_16 = gl.arange(0, 16, gl.SliceLayout(0, BY_16))
-    diagonal = diagonal_of(p_ptr, o_row16 < left, o_row16, o_16, rank) * unbias2
-    unit16 = unit_of(diagonal)
-    m_sq = norm_sq_of(m_ptr, o_row16 < left, o_row16, o_16, rank, unbias1, unit16)
-    unit = gl.convert_layout(unit16, rowwise)
-    m_sq = gl.convert_layout(m_sq, rowwise)
-    o_row = gl.arange(0, BLOCK_M, rowwise)
-    o_k = gl.arange(0, MAIN, gl.SliceLayout(0, BY_MAIN))
-    p, m_m, weight = moment_entries(
-        m_ptr, p_ptr, pairs_ptr, o_row, left, o_k, rank, unbias1, unbias2
+    left_wide: gl.constexpr = gl.DotOperandLayout(0, WIDE, 2)
+    main, tail, unit, _, a, _, r_sq, below = _first_rows(
+        row_ptr, pairs_ptr, start, rank, unbias1, unbias2, BLOCK_M, BY_MAIN, BY_16, MAIN, TAIL
     )
-    weight = weight[None, :]
-    p_sq, mpm = sums_of(p, m_m, weight, unit)
-    if TAIL > 0:
-        p_t, m_m_t, weight_t = moment_entries(
-            m_ptr, p_ptr, pairs_ptr, o_row16, left, MAIN + o_16, rank, unbias1, unbias2
-        )
-        weight_t = weight_t[None, :]
-        more = sums_of(p_t, m_m_t, weight_t, unit16)
-        p_sq += gl.convert_layout(more[0], rowwise)
-        mpm += gl.convert_layout(more[1], rowwise)
-    a, r_sq = first_centre(p_sq, mpm, m_sq)
     sigma_sq = sigma_sq_of(r_sq, unit)
     shrink = shrink_of(eps * gl.sqrt(sigma_sq))
     counts = sigma_sq * shrink * shrink * residual_weight(row_ptr)
-    r_main = (p - a[:, None] * m_m) * (counts[:, None] * weight)
+    r_main = (main[0] - a[:, None] * main[1]) * (counts[:, None] * main[2])
     r_main = gl.convert_layout(r_main.to(gl.float16), left_wide)
     r_tail = r_main
     if TAIL > 0:
         counts16 = gl.convert_layout(counts, rowwise16)
-        r_tail = p_t - gl.convert_layout(a, rowwise16)[:, None] * m_m_t
-        r_tail = (r_tail * (counts16[:, None] * weight_t)).to(gl.float16)
+        r_tail = tail[0] - gl.convert_layout(a, rowwise16)[:, None] * tail[1]
+        r_tail = (r_tail * (counts16[:, None] * tail[2])).to(gl.float16)
         r_tail = gl.convert_layout(r_tail, left_wide)
-
-    # The same with a second centre, if enough of the rows ask for it.
+    a = gl.convert_layout(a, gl.SliceLayout(1, WIDE))
+    sigma_sq = gl.convert_layout(sigma_sq, rowwise16)
     b = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, WIDE))
     c = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, WIDE))
     w = gl.zeros([BLOCK_M, 16], gl.float16, left_wide)
+    left = (gl.load(row_ptr + ROWS) - start).to(gl.int32)
     second = left < 0
     if SECOND:
-        limit = gl.convert_layout(trace_limit(p_sq, r_sq, a, m_sq), rowwise16)
-        asking = gl.sum(diagonal, axis=1) * unit16 < limit
-        second = enough(asking, gl.minimum(left, BLOCK_M))
+        second = enough(below > 0, gl.minimum(left, BLOCK_M))
         if second:
             a, b, c, sigma_sq, w, r_main, r_tail = _second_rows(
                 row_ptr,
@@ -198,11 +217,6 @@ def residual_rows(
                 rank,
                 unbias1,
                 unbias2,
-                unit,
-                unit16,
-                a,
-                p_sq,
-                r_sq,
                 eps,
                 BLOCK_M,
                 BY_MAIN,

@@ -289,13 +289,12 @@ def _update_hopper_kernel(
             TAIL,
             SECOND,
         )
-        shrink = shrink_of(eps * gl.sqrt(sigma_sq))
         rowwise16: gl.constexpr = gl.SliceLayout(1, by_16)
         o_row16 = gl.arange(0, BLOCK_M, rowwise16)
         o_16 = gl.arange(0, 16, gl.SliceLayout(0, by_16))
 
         # sigma m in two halves, in registers too.
-        scale = gl.sqrt(gl.convert_layout(sigma_sq, rowwise16))[:, None] * unbias1
+        scale = gl.sqrt(sigma_sq)[:, None] * unbias1
         m_high, m_low, part = load_half(m_ptr, o_row16, left, o_16, rank, scale, SPLIT, gl.float16)
         if SPLIT == 3:
             m_high = gl.where((part == 1)[None, :], m_low, m_high)
@@ -303,9 +302,9 @@ def _update_hopper_kernel(
             m_low = gl.where((part == 0)[None, :], m_low, gl.full_like(m_low, 0.0))
         m_high = gl.convert_layout(m_high, left_wide)
         m_low = gl.convert_layout(m_low, left_wide)
-        a = gl.convert_layout(a * shrink * shrink, gl.SliceLayout(1, wide))
-        floor = gl.convert_layout(floor * shrink * shrink, gl.SliceLayout(1, wide))
-        eps = gl.convert_layout(eps * gl.sqrt(sigma_sq) * shrink, gl.SliceLayout(1, wide))
+        eps = eps * gl.convert_layout(gl.sqrt(sigma_sq), gl.SliceLayout(1, wide))
+        shrink = shrink_of(eps)
+        a, floor, eps = a * shrink * shrink, floor * shrink * shrink, eps * shrink
         shrink = gl.convert_layout(shrink, gl.SliceLayout(1, narrow))
 
         s_main = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, MAIN], main.layout)
