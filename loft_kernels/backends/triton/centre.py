@@ -183,23 +183,14 @@ def times_p(m, p_ptr, live, o_row, o_col, rank, scale):
 
 
 @triton.jit
-def second_direction(m_ptr, p_ptr, live, o_row, o_col, rank, unbias1, unbias2, unit):
-    """Return m^, of unit length, and the second direction of some rows: ``rows x columns``.
+def second_direction(m, p_m, alpha, p_ptr, live, o_row, o_col, rank, scale):
+    """Return a direction along what one centre leaves of P, orthogonal to m; both of unit length.
 
-    Along what one centre leaves of P, and orthogonal to m. P m is not enough where m is close to
-    an eigenvector: the column of R with the largest entry on the diagonal is added, with the sign
-    that cannot cancel. Also 1 / |m^|, m^ P^ m^^T and |P^|^2, all in units of P's top entry.
+    P m is not enough where m is close to an eigenvector: the column of R with the largest entry on
+    the diagonal is added, with the sign that cannot cancel.
     """
     packed = (rank * (rank + 1)) // 2
     mask = live[:, None] & (o_col < rank)[None, :]
-    scale = unit * unbias2
-    m = tl.load(m_ptr + (o_row[:, None] * rank + o_col[None, :]), mask=mask, other=0.0)
-    m *= (unbias1 * tl.sqrt(unit))[:, None]
-    by_m = inverse_norm(tl.sum(m * m, axis=1))
-    m *= by_m[:, None]
-    p_m, p_sq = times_p(m, p_ptr, live, o_row, o_col, rank, scale)
-    alpha, p_sq = tl.sum(m * p_m, axis=1), tl.sum(p_sq, axis=1)
-
     diagonal = diagonal_of(p_ptr, live, o_row, o_col, rank) * scale[:, None]
     diagonal = tl.where(mask, diagonal - alpha[:, None] * m * m, -float("inf"))
     largest = diagonal == tl.max(diagonal, axis=1)[:, None]
@@ -215,47 +206,56 @@ def second_direction(m_ptr, p_ptr, live, o_row, o_col, rank, unbias1, unbias2, u
     w *= inverse_norm(tl.sum(w * w, axis=1))[:, None]
     w -= tl.sum(w * m, axis=1)[:, None] * m
     w *= inverse_norm(tl.sum(w * w, axis=1))[:, None]
-    w -= tl.sum(w * m, axis=1)[:, None] * m
-    return m, w, by_m, alpha, p_sq
+    return w - tl.sum(w * m, axis=1)[:, None] * m
 
 
 @triton.jit
-def second_centre(m_r_w, w_r_w, m_w, w_sq):
-    """Return b, c, what a gains and what |R|^2 loses; m is of unit length, R of the first centre.
+def second_centre(
+    m_ptr, p_ptr, live, o_row, o_col, rank, unbias1, unbias2, unit, DTYPE: tl.constexpr
+):
+    """Find the second centre of some rows, ``rows x columns``, in units of P's top entry.
 
-    The least squares of ``R = (.) m^T m + b (m^T w + w^T m) + c w^T w``: rounded to fp16, w is
-    only almost orthogonal to m. All 0 where w is.
+    The least squares of ``P^ = a m^T m + b (m^T w + w^T m) + c w^T w`` with m^ of unit length and w
+    rounded, which leaves it only almost orthogonal to m.
+
+    Returns:
+        m of unit length, w, 1 / |m^|, the a of the first centre, what the second adds to it, b, c
+        (all three 0 where w is), and |R|^2.
     """
-    e = w_sq - m_w * m_w
-    inverse = tl.where(e > 0.25, 1.0 / tl.where(e > 0.25, e, 1.0), 0.0)
-    own = (w_r_w - 2 * m_w * m_r_w) * inverse
-    b, c = m_r_w * inverse, own * inverse
-    b -= m_w * c
-    return b, c, -m_w * (2 * b + m_w * c), 2 * m_r_w * m_r_w * inverse + own * own
+    mask = live[:, None] & (o_col < rank)[None, :]
+    scale = unit * unbias2
+    m = tl.load(m_ptr + (o_row[:, None] * rank + o_col[None, :]), mask=mask, other=0.0)
+    m *= (unbias1 * tl.sqrt(unit))[:, None]
+    by_m = inverse_norm(tl.sum(m * m, axis=1))
+    m *= by_m[:, None]
+    p_m, p_sq = times_p(m, p_ptr, live, o_row, o_col, rank, scale)
+    a, p_sq = tl.sum(m * p_m, axis=1), tl.sum(p_sq, axis=1)
+    w = second_direction(m, p_m, a, p_ptr, live, o_row, o_col, rank, scale).to(DTYPE)
+    x = w.to(tl.float32)
+    p_x, _ = times_p(x, p_ptr, live, o_row, o_col, rank, scale)
+    m_x = tl.sum(m * x, axis=1)
+    m_r_x = tl.sum(m * p_x, axis=1) - a * m_x
+    x_r_x = tl.sum(x * p_x, axis=1) - a * m_x * m_x
+    across = tl.sum(x * x, axis=1) - m_x * m_x
+    inverse = tl.where(across > 0.25, 1.0 / tl.where(across > 0.25, across, 1.0), 0.0)
+    own = (x_r_x - 2 * m_x * m_r_x) * inverse
+    c = own * inverse
+    b = m_r_x * inverse - m_x * c
+    r_sq = p_sq - a * a - 2 * m_r_x * m_r_x * inverse - own * own
+    return m, w, by_m, a, -m_x * (2 * b + m_x * c), b, c, clamped(r_sq, p_sq)
 
 
 @triton.jit
-def second_terms(m_ptr, w, pairs_ptr, o_row, rows, o_k, rank, by_m):
-    """Return m_i m_j, m_i w_j + w_i m_j and w_i w_j of packed entries; m times by_m."""
+def second_entries(m_ptr, p_ptr, pairs_ptr, w, o_row, rows, o_k, rank, m_scale, p_scale, a, b, c):
+    """Form R of packed entries, counted twice off the diagonal; m and P times a scale per row."""
     packed = (rank * (rank + 1)) // 2
     i, j = pair_of(pairs_ptr, o_k, packed)
     mask = (o_row < rows)[:, None] & (o_k < packed)[None, :]
+    p = tl.load(p_ptr + (o_row[:, None] * packed + o_k[None, :]), mask=mask, other=0.0)
     m_i, m_j = pair_entries(m_ptr, o_row, i, j, mask, rank)
-    m_i, m_j = m_i * by_m[:, None], m_j * by_m[:, None]
+    m_i, m_j = m_i * m_scale[:, None], m_j * m_scale[:, None]
     row = o_row[:, None] * 0
     w_i, w_j = tl.gather(w, row + i[None, :], 1), tl.gather(w, row + j[None, :], 1)
-    w_i, w_j = tl.where(mask, w_i, 0.0), tl.where(mask, w_j, 0.0)
-    return m_i * m_j, m_i * w_j + w_i * m_j, w_i * w_j
-
-
-@triton.jit
-def second_sums(r, weight, terms):
-    """Return m R w^T and w R w^T over some packed entries."""
-    r *= weight
-    return tl.sum(0.5 * r * terms[1], axis=1), tl.sum(r * terms[2], axis=1)
-
-
-@triton.jit
-def less_second(r, terms, more, b, c):
-    """Return what the second centre leaves of R, for some packed entries."""
-    return r - (more[:, None] * terms[0] + b[:, None] * terms[1] + c[:, None] * terms[2])
+    a, b, c = a[:, None], b[:, None], c[:, None]
+    r = p * p_scale[:, None] - m_i * (a * m_j + b * w_j) - w_i * (b * m_j + c * w_j)
+    return tl.where(mask, r, 0.0) * tl.where(i == j, 1.0, 2.0)[None, :]

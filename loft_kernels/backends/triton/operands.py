@@ -19,13 +19,11 @@ import triton
 import triton.language as tl
 
 from loft_kernels.backends.triton.centre import (
-    clamped,
     diagonal_of,
     from_row,
     pair_of,
     residual_weight,
     second_centre,
-    second_direction,
     shrink_of,
     sigma_sq_of,
     unit_of,
@@ -226,45 +224,24 @@ def _write_residual(
     mask = live[:, None] & (o_j < rank)[None, :]
     unit = unit_of(diagonal_of(p_ptr, live, o_row, o_j, rank) * unbias2)
     scale = unit * unbias2
-
-    # What the first centre, alpha m^T m with m of unit length, leaves of P.
-    m, w, by_m, alpha, p_sq = second_direction(
-        m_ptr, p_ptr, live, o_row, o_j, rank, unbias1, unbias2, unit
+    m, w, by_m, a, gain, b, c, r_sq = second_centre(
+        m_ptr, p_ptr, live, o_row, o_j, rank, unbias1, unbias2, unit, DTYPE
     )
-    w = w.to(DTYPE)
+    counts = residual_weight(row_ptr)
+    a, b, c = a + gain * counts, b * counts, c * counts
+    sigma_sq = sigma_sq_of(r_sq, unit)
     first_row = tl.load(row_ptr + RESIDUAL_ROW) + start
     tl.store(direction_ptr + (first_row + o_row)[:, None] * R + o_j[None, :], w)
     w = w.to(tl.float32)
-    r_sq, m_r_w, w_r_w = tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
-    o_p = o_row[:, None] * packed + o_j[None, :]
-    for i in range(0, rank):
-        p = tl.load(p_ptr + o_p, mask=mask & (o_j >= i)[None, :], other=0.0) * scale[:, None]
-        own = (o_j == i)[None, :]
-        m_i = tl.sum(tl.where(own, m, 0.0), axis=1)[:, None]
-        w_i = tl.sum(tl.where(own, w, 0.0), axis=1)[:, None]
-        r = tl.where((o_j >= i)[None, :], p - (alpha[:, None] * m_i) * m, 0.0)
-        weighted = r * tl.where(own, 1.0, 2.0)
-        r_sq += weighted * r
-        m_r_w += 0.5 * weighted * (m_i * w + w_i * m)
-        w_r_w += weighted * (w_i * w)
-        o_p += rank - 1 - i
-
-    # The second centre, and |R| without it.
-    m_r_w, w_r_w = tl.sum(m_r_w, axis=1), tl.sum(w_r_w, axis=1)
-    b, c, more, lost = second_centre(m_r_w, w_r_w, tl.sum(m * w, axis=1), tl.sum(w * w, axis=1))
-    counts = residual_weight(row_ptr)
-    b, c, more = b * counts, c * counts, more * counts
-    sigma_sq = sigma_sq_of(clamped(tl.sum(r_sq, axis=1) - lost, p_sq), unit)
     sigma_sq_unit = sigma_sq / unit
     centre_ptrs = centre_ptr + 4 * (first_row + o_row)
-    tl.store(centre_ptrs, (alpha + more) * by_m * by_m)
+    tl.store(centre_ptrs, a * by_m * by_m)
     tl.store(centre_ptrs + 1, 2 * b * by_m * tl.sqrt(sigma_sq_unit))
     tl.store(centre_ptrs + 2, c * sigma_sq_unit)
     tl.store(centre_ptrs + 3, sigma_sq)
     tau = scale_of(partner_rows, rank)
     shrink = shrink_of(tl.load(hyper_ptr + EPS).to(tl.float32) * tau * tl.sqrt(sigma_sq))
     counts *= sigma_sq_unit * shrink * shrink
-    alpha += more
     out_ptr += first_row * PRODUCTS
     o_p = o_row[:, None] * packed + o_j[None, :]
     o_out = o_row[:, None] * PRODUCTS + o_j[None, :]
@@ -273,7 +250,7 @@ def _write_residual(
         own = (o_j == i)[None, :]
         m_i = tl.sum(tl.where(own, m, 0.0), axis=1)
         w_i = tl.sum(tl.where(own, w, 0.0), axis=1)
-        r = p - (alpha * m_i + b * w_i)[:, None] * m - (b * m_i + c * w_i)[:, None] * w
+        r = p - (a * m_i + b * w_i)[:, None] * m - (b * m_i + c * w_i)[:, None] * w
         r *= counts[:, None] * tl.where(own, 1.0, 2.0)
         kept = ((o_j >= i) & (o_j < rank))[None, :]
         tl.store(out_ptr + o_out, r.to(DTYPE), mask=kept)

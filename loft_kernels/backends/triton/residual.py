@@ -10,17 +10,13 @@ import triton
 import triton.language as tl
 
 from loft_kernels.backends.triton.centre import (
-    clamped,
     diagonal_of,
     enough,
     first_centre,
-    less_second,
     moment_entries,
     norm_sq_of,
     second_centre,
-    second_direction,
-    second_sums,
-    second_terms,
+    second_entries,
     shrink_of,
     sigma_sq_of,
     sums_of,
@@ -69,44 +65,40 @@ def residual_rows(
         more = sums_of(p_t, m_m_t, weight_t, unit)
         p_sq, mpm = p_sq + more[0], mpm + more[1]
     a, r_sq = first_centre(p_sq, mpm, m_sq)
-    main = (p - a[:, None] * m_m) * unit[:, None]
+    sigma_sq = sigma_sq_of(r_sq, unit)
+    shrink = shrink_of(eps * tl.sqrt(sigma_sq))
+    scale = (sigma_sq * shrink * shrink)[:, None] * counts
+    main = ((p - a[:, None] * m_m) * (scale * weight)).to(DTYPE)
     tail = main
     if TAIL > 0:
-        tail = (p_t - a[:, None] * m_m_t) * unit[:, None]
+        tail = ((p_t - a[:, None] * m_m_t) * (scale * weight_t)).to(DTYPE)
 
+    # The same with a second centre, if enough of the rows ask for it.
     b, c = tl.zeros_like(a), tl.zeros_like(a)
     w = tl.zeros((o_row.shape[0], R), DTYPE)
     second = rows < 0
     if SECOND:
-        trace = tl.sum(diagonal, axis=1) * unit
-        asking = trace < trace_limit(p_sq, r_sq, a, m_sq)
+        asking = tl.sum(diagonal, axis=1) * unit < trace_limit(p_sq, r_sq, a, m_sq)
         second = enough(asking, tl.minimum(rows, o_row.shape[0]))
         if second:
-            m, w_full, by_m, _, _ = second_direction(
-                m_ptr, p_ptr, live, o_row, o_r, rank, unbias1, unbias2, unit
+            _, w, by_m, a, gain, b, c, r_sq = second_centre(
+                m_ptr, p_ptr, live, o_row, o_r, rank, unbias1, unbias2, unit, DTYPE
             )
-            w = w_full.to(DTYPE)
-            w_full = w.to(tl.float32)
-            m_scale = by_m * tl.sqrt(unit) * unbias1
-            terms = second_terms(m_ptr, w_full, pairs_ptr, o_row, rows, o_k, rank, m_scale)
-            m_r_w, w_r_w = second_sums(main, weight, terms)
+            a += gain
+            sigma_sq = sigma_sq_of(r_sq, unit)
+            by_unit = sigma_sq / unit
+            shrink = shrink_of(eps * tl.sqrt(sigma_sq))
+            scale = (by_unit * shrink * shrink)[:, None]
+            x = w.to(tl.float32)
+            m_scale, p_scale = by_m * tl.sqrt(unit) * unbias1, unit * unbias2
+            main = second_entries(
+                m_ptr, p_ptr, pairs_ptr, x, o_row, rows, o_k, rank, m_scale, p_scale, a, b, c
+            )
+            main = (main * scale).to(DTYPE)
             if TAIL > 0:
-                terms_t = second_terms(m_ptr, w_full, pairs_ptr, o_row, rows, o_t, rank, m_scale)
-                sums = second_sums(tail, weight_t, terms_t)
-                m_r_w, w_r_w = m_r_w + sums[0], w_r_w + sums[1]
-            m_w, w_sq = tl.sum(m * w_full, axis=1), tl.sum(w_full * w_full, axis=1)
-            b, c, gain, lost = second_centre(m_r_w, w_r_w, m_w, w_sq)
-            main = less_second(main, terms, gain, b, c)
-            if TAIL > 0:
-                tail = less_second(tail, terms_t, gain, b, c)
-            a, b = a + gain * by_m * by_m, 2 * b * by_m
-            r_sq = clamped(r_sq - lost, p_sq)
-
-    sigma_sq = sigma_sq_of(r_sq, unit)
-    by_unit = sigma_sq / unit
-    shrink = shrink_of(eps * tl.sqrt(sigma_sq))
-    counts *= (shrink * shrink * by_unit)[:, None]
-    main = (main * (counts * weight)).to(DTYPE)
-    if TAIL > 0:
-        tail = (tail * (counts * weight_t)).to(DTYPE)
-    return second, a, b * tl.sqrt(by_unit), c * by_unit, sigma_sq, w, main, tail
+                tail = second_entries(
+                    m_ptr, p_ptr, pairs_ptr, x, o_row, rows, o_t, rank, m_scale, p_scale, a, b, c
+                )
+                tail = (tail * scale).to(DTYPE)
+            a, b, c = a * by_m * by_m, 2 * b * by_m * tl.sqrt(by_unit), c * by_unit
+    return second, a, b, c, sigma_sq, w, main, tail
