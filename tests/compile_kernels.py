@@ -38,6 +38,7 @@ POINTERS = {
     "change_ptr": "*fp32",
     "centre_ptr": "*fp32",
     "partner_ptr": "*fp16",
+    "direction_ptr": "*fp16",
     "residual_ptr": "*fp16",
     "rank": "i32",
     "all_sides": "i32",
@@ -148,7 +149,7 @@ def compile_hot_loop(capability: int, rank: int, gluon: bool) -> None:
     kernel = _update_hopper_kernel if resident else _update_hopper_wide_kernel
     if configs.broad(rank):
         kernel = _update_hopper_broad_kernel
-        hot |= {"PRODUCTS": columns.products, "SECOND": False}
+        hot |= {"PRODUCTS": columns.products}
         hot |= {
             "main": described(tile.block_n, DEPTH, gluon),
             "residual_main": described(tile.block_m, DEPTH, gluon),

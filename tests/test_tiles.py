@@ -80,7 +80,7 @@ def test_entries_serve_the_ranks_that_find_them():
 def test_measured_entries_say_on_what():
     document = json.loads(configs.PATH.read_text())
     entries = [e for table in document["9.0"].values() for e in table.values()]
-    assert len(entries) == 17
+    assert len(entries) == 16
     assert all({"gpu", "torch", "triton"} <= entry["measured"].keys() for entry in entries)
 
 

@@ -85,8 +85,8 @@ class Bucket:
             tile = configs.update_tile(plan.capability, self.rank)
         self._row_tile = configs.row_tile(plan.capability, self.rank)
         self.broad = self.hopper and configs.broad(self.rank)
-        rows = MOVING_ROWS if self.broad else configs.operand_rows(self.rank)
-        self.layout = plan.layout(key, pairs, tile, rows)
+        operand_rows = MOVING_ROWS if self.broad else configs.operand_rows(self.rank)
+        self.layout = plan.layout(key, pairs, tile, operand_rows)
         self.sides = 2 * len(pairs)
         self.alternate = self.options.alternate
         rows = tables.address_rows(pairs, self._row_tile.chunk, self.layout.places)
@@ -304,7 +304,8 @@ class Bucket:
         partner = empty((part.partner_rows, columns.width))
         # A descriptor needs an address even where nothing is behind it.
         residual = empty((max(1, part.residual_rows), columns.products))
-        centre = torch.empty((part.residual_rows, 2), dtype=torch.float32, device=self.device)
+        centre = torch.empty((part.residual_rows, 4), dtype=torch.float32, device=self.device)
+        direction = empty((part.residual_rows, columns.half))
         common: dict[str, Any] = {
             "table_ptr": self.table,
             "decision_ptr": decision,
@@ -316,6 +317,7 @@ class Bucket:
             "partner_ptr": partner,
             "residual_ptr": residual,
             "centre_ptr": centre,
+            "direction_ptr": direction,
         }
         if self.broad:
             written |= {
@@ -330,16 +332,15 @@ class Bucket:
         tile, describe = self.layout.tile, self._descriptor
         widths = {"main": columns.main, "tail": columns.tail or 16, "halves": self.width}
         common |= {k: describe(partner, (tile.block_n, v)) for k, v in widths.items()}
+        if not (self.hopper and configs.resident(self.rank)):
+            common |= {"centre_ptr": centre, "direction_ptr": direction}
         if self.broad:
             common |= {
                 "main": describe(partner, (tile.block_n, DEPTH)),
                 "residual_main": describe(residual, (tile.block_m, DEPTH)),
-                "centre_ptr": centre,
             }
             del common["tail"]
-            common["direction_ptr"] = residual
         elif not (self.hopper and configs.resident(self.rank)):
-            common["centre_ptr"] = centre
             for key in ("main", "tail"):
                 common[f"residual_{key}"] = describe(residual, (tile.block_m, widths[key]))
         self._launch(("update", index), common, lambda: self._update(part))
@@ -401,7 +402,7 @@ class Bucket:
         }
         if self.broad:
             fixed = {k: fixed[k] for k in ("tiles_ptr", "rank", "HAS_MASTER", "PARAM_DTYPE")}
-            fixed |= {"PRODUCTS": columns.products, "STAGES": tile.stages, "SECOND": False}
+            fixed |= {"PRODUCTS": columns.products, "STAGES": tile.stages}
             kernel = _update_hopper_broad_kernel
         elif self.hopper:
             fixed["STAGES"] = tile.stages

@@ -257,8 +257,8 @@ def _deepest(tile: UpdateTile, rank: int) -> UpdateTile:
     rows, partner_rows = tile.block_m, tile.block_n
     stage = 64 * (partner_rows + (0 if residual_held(rank) else rows))
     held = 64 * columns.blocks * rows if residual_held(rank) else 0
-    head = partner_rows * (columns.tail + 2 * columns.half)
-    fixed = held + head + rows * (columns.tail + columns.half)
+    head = partner_rows * (columns.tail + 3 * columns.half)
+    fixed = held + head + rows * columns.tail
     left = _HOPPER_SHARED - 2 * fixed
     return replace(tile, stages=min(tile.stages, left // (2 * stage)))
 

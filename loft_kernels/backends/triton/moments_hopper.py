@@ -25,15 +25,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from loft_kernels.backends.triton.moments import _C_SCALE, _UNSCALE, _powers
-from loft_kernels.backends.triton.operands import (
-    centre_of,
-    load_half,
+from loft_kernels.backends.triton.centre import (
+    clamped,
+    first_centre,
+    inverse_norm,
+    inverse_of,
+    least_squares,
     residual_weight,
-    scale_of,
     shrink_of,
-    unit_of,
+    sigma_sq_of,
+    trace_limit,
 )
+from loft_kernels.backends.triton.moments import _C_SCALE, _UNSCALE, _powers
+from loft_kernels.backends.triton.operands import load_half, scale_of
 from loft_kernels.backends.triton.tables import (
     BETA1,
     BETA2,
@@ -110,7 +114,7 @@ def _advance_first(
     STRIDE: gl.constexpr,
     GRAD_DTYPE: gl.constexpr,
 ):
-    """Form g and m of 64 rows; g goes to g_ptr, STRIDE entries a row, sizes of g and m behind it."""
+    """Form g and m of 64 rows; g goes to g_ptr, STRIDE entries a row, and sizes of both behind."""
     wide: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1], [_ROWS64, 8])
     o_row = gl.arange(0, _R, gl.SliceLayout(1, wide))
     o_col = gl.arange(0, _R, gl.SliceLayout(0, wide))
@@ -204,9 +208,28 @@ def _triangle_row(o_row, nothing, RANK: gl.constexpr):
 
 
 @gluon.jit
-def _added(a, b, c, d):
-    """Add two pairs of numbers."""
-    return a + c, b + d
+def _added(a, b, c, d, e, f):
+    """Add triples of numbers."""
+    return a + d, b + e, c + f
+
+
+@gluon.jit
+def _direction(p, m_i, m_j, p_m, diagonal, alpha, o_u):
+    """Find the direction of a row's second centre; see ``centre.second_direction``."""
+    p_d = gl.sum(gl.where(diagonal, p, 0.0), axis=0)
+    left = p_d - alpha * m_j * m_j
+    # The first column of R whose entry on the diagonal is the largest.
+    o_j = gl.arange(0, _R, left.type.layout)
+    k = gl.min(gl.where(left == gl.max(left, axis=0), o_j, _R - 1), axis=0)
+    column = gl.sum(gl.where(o_u[:, None] == k, p, 0.0), axis=0)
+    column -= alpha * gl.sum(gl.where(o_j == k, m_j, 0.0), axis=0) * m_j
+    w = p_m - alpha * m_j
+    w += column * gl.where(gl.sum(gl.where(o_j == k, w, 0.0), axis=0) < 0, -1.0, 1.0)
+    # Twice: where P is m^T m the first leaves rounding errors, and these are not orthogonal to m.
+    w *= inverse_norm(gl.sum(w * w, axis=0))
+    w -= gl.sum(w * m_j, axis=0) * m_j
+    w *= inverse_norm(gl.sum(w * w, axis=0))
+    return (w - gl.sum(w * m_j, axis=0) * m_j).to(gl.float16)
 
 
 @gluon.jit
@@ -231,6 +254,7 @@ def _advance_second(
     g_ptr,
     residual_ptr,
     centre_ptr,
+    direction_ptr,
     RANK: gl.constexpr,
     PRODUCTS: gl.constexpr,
     CARRY: gl.constexpr,
@@ -253,6 +277,7 @@ def _advance_second(
     vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     s_g = gl.allocate_shared_memory(gl.float32, [_R], vector)
     s_m = gl.allocate_shared_memory(gl.float32, [_R], vector)
+    s_w = gl.allocate_shared_memory(gl.float32, [_R], vector)
     tl.debug_barrier()
     beta2 = gl.load(hyper_ptr + BETA2)
     fresh2, beta2 = (1.0 - beta2).to(gl.float32), beta2.to(gl.float32)
@@ -269,7 +294,7 @@ def _advance_second(
     u_warp, u_own = o_u & 48, o_u & 15
     v_lane, v_own = o_v & 31, o_v & 32
     ahead, behind = v_lane[None, :] - u_warp[:, None], u_own[:, None] - v_own[None, :]
-    upper = ahead >= behind
+    upper, diagonal_p = ahead >= behind, ahead == behind
     if RANK < _R:
         upper = upper & (o_v < RANK)[None, :]
     o_d, m_d = o_v * RANK - (o_v * (o_v - 1)) // 2, o_v < RANK
@@ -315,21 +340,51 @@ def _advance_second(
 
         # R in units of P's largest entry, up to what C does to it, so that no square underflows.
         fresh = fresh2 * g_sq
-        unit = unit_of(gl.maximum(beta2 * top, fresh) * unbias2)
+        unit = inverse_of(gl.maximum(beta2 * top, fresh) * unbias2)
         p = p * (unbias2 * unit)
         root = gl.sqrt(unit) * unbias1
         m_i, m_j = m_i * root, m_j * root
-        p_m, p_sq = gl.reduce((p * m_i[:, None], p * p), 0, _added)
+        p_m, p_sq, trace = gl.reduce(
+            (p * m_i[:, None], p * p, gl.where(diagonal_p, p, 0.0)), 0, _added
+        )
         m_sq = m_sq * (root * root)
         mpm, p_sq = gl.sum(p_m * m_j, axis=0), gl.sum(p_sq, axis=0)
-        a, sigma_sq = centre_of(unit, p_sq, mpm, m_sq * m_sq)
+        a, r_sq = first_centre(p_sq, mpm, m_sq)
+        asks = gl.sum(trace, axis=0) < trace_limit(p_sq, r_sq, a, m_sq)
+        b, c = a * 0.0, a * 0.0
+        w = gl.zeros([_R], gl.float16, gl.SliceLayout(0, by_line))
+        if asks:
+            by_m = inverse_norm(m_sq)
+            m_i, m_j, p_m = m_i * by_m, m_j * by_m, p_m * by_m
+            alpha = gl.sum(p_m * m_j, axis=0)
+            w = _direction(p, m_i, m_j, p_m, diagonal_p, alpha, o_u)
+            x_j = w.to(gl.float32)
+            s_w.store(x_j)
+            tl.debug_barrier()
+            x_i = s_w.load(gl.SliceLayout(1, by_line))
+            p_x = gl.sum(p * x_i[:, None], axis=0)
+            m_x, x_sq = gl.sum(m_j * x_j, axis=0), gl.sum(x_j * x_j, axis=0)
+            m_p_x, x_p_x = gl.sum(p_x * m_j, axis=0), gl.sum(p_x * x_j, axis=0)
+            gain, b, c, less = least_squares(alpha, m_x, x_sq, m_p_x, x_p_x)
+            a = alpha + gain
+            p -= m_i[:, None] * (a * m_j + b * x_j)[None, :]
+            p -= x_i[:, None] * (b * m_j + c * x_j)[None, :]
+            r_sq = clamped(p_sq - alpha * alpha - less, p_sq)
+            a, b = a * by_m * by_m, 2.0 * b * by_m
+        else:
+            p -= (a * m_i)[:, None] * m_j[None, :]
+        sigma_sq = sigma_sq_of(r_sq, unit)
+        by_unit = sigma_sq / unit
         shrink = shrink_of(eps * gl.sqrt(sigma_sq))
-        kept = sigma_sq * shrink * shrink * counts / unit
-        residual = p - (a * m_i)[:, None] * m_j[None, :]
-        residual = residual * gl.where(ahead == behind, kept, 2.0 * kept)
-        gl.store(centre_ptr + 2 * row, a)
-        gl.store(centre_ptr + 2 * row + 1, sigma_sq)
-        gl.store((out_row + o_p) + v_own[None, :], residual.to(gl.float16), mask=upper)
+        kept = by_unit * shrink * shrink * counts
+        p = p * gl.where(diagonal_p, kept, 2.0 * kept)
+        centre = centre_ptr + 4 * row
+        gl.store(centre, a)
+        gl.store(centre + 1, b * gl.sqrt(by_unit))
+        gl.store(centre + 2, c * by_unit)
+        gl.store(centre + 3, sigma_sq)
+        gl.store(direction_ptr + row * _R + o_v, w)
+        gl.store((out_row + o_p) + v_own[None, :], p.to(gl.float16), mask=upper)
         PADDING: gl.constexpr = PRODUCTS - PACKED
         if PADDING > 0:
             zero = gl.zeros([_R], gl.float16, gl.SliceLayout(0, by_row))
@@ -350,6 +405,7 @@ def _move_moments(
     partner_rows,
     residual_ptr,
     centre_ptr,
+    direction_ptr,
     RANK: gl.constexpr,
     PRODUCTS: gl.constexpr,
     GRAD_DTYPE: gl.constexpr,
@@ -361,7 +417,8 @@ def _move_moments(
     coefficient = gl.load(decision_ptr + COEFFICIENT) * gl.load(hyper_ptr + SIGN) / scaling
     first_row = gl.load(row_ptr + RESIDUAL_ROW) + start
     residual_ptr += first_row * PRODUCTS
-    centre_ptr += 2 * first_row
+    centre_ptr += 4 * first_row
+    direction_ptr += first_row * _R
     g_ptr = residual_ptr.to(gl.pointer_type(gl.float32))
     _advance_first(
         row_ptr,
@@ -394,6 +451,7 @@ def _move_moments(
             g_ptr,
             residual_ptr,
             centre_ptr,
+            direction_ptr,
             RANK,
             PRODUCTS,
             True,
@@ -411,6 +469,7 @@ def _move_moments(
             g_ptr,
             residual_ptr,
             centre_ptr,
+            direction_ptr,
             RANK,
             PRODUCTS,
             False,
@@ -474,6 +533,7 @@ def _moments_hopper_kernel(
     partner_ptr,
     residual_ptr,
     centre_ptr,
+    direction_ptr,
     RANK: gl.constexpr,
     PRODUCTS: gl.constexpr,
     WIDTH: gl.constexpr,
@@ -502,6 +562,7 @@ def _moments_hopper_kernel(
                 partner_rows,
                 residual_ptr,
                 centre_ptr,
+                direction_ptr,
                 RANK,
                 PRODUCTS,
                 GRAD_DTYPE,

@@ -2,10 +2,11 @@
 
 For every partner row j: the products ``(tau Q_j)_i (tau Q_j)_k`` in the order of packed entries,
 and the halves of ``tau Q_j``, in fp16. For every row of the moving factor, above rank 16: the
-centred second moment ``sigma^2 R`` (up to rank 16 it stays in the registers of ``update``). P is
-read twice there, the second time from the cache. Rows of the triangle are contiguous, so above rank
-16 both are written row of the triangle by row, without gathers; up to rank 16 the two factors of a
-product are picked out of a block of rows by products with 0 and 1 on the tensor cores.
+centred second moment ``sigma^2 R``, its second direction and its coefficients, see ``centre`` (up
+to rank 16 they stay in the registers of ``update``). P is read three times there, twice from the
+cache. Rows of the triangle are contiguous, so above rank 16 both are written row of the triangle by
+row, without gathers; up to rank 16 the two factors of a product are picked out of a block of rows
+by products with 0 and 1 on the tensor cores.
 
 tau, a power of two near sqrt(partner rows / r), and sigma put the numbers into fp16's range; D
 does not notice. Off-diagonal entries stand once and count twice, which is put into R. The small
@@ -17,6 +18,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from loft_kernels.backends.triton.centre import (
+    diagonal_of,
+    from_row,
+    pair_of,
+    residual_weight,
+    second_centre,
+    shrink_of,
+    sigma_sq_of,
+    unit_of,
+)
 from loft_kernels.backends.triton.tables import (
     BIAS1,
     BIAS2,
@@ -31,7 +42,6 @@ from loft_kernels.backends.triton.tables import (
     ROWS,
     SECOND_MOMENT,
     SKIP,
-    STEP,
 )
 
 
@@ -40,87 +50,6 @@ def scale_of(partner_rows, rank):
     """Return tau: entries of tau Q are about 1, and their products stay below 2^14."""
     tau = tl.exp2(tl.floor(0.5 * tl.log2(partner_rows.to(tl.float32) / rank)))
     return tl.minimum(tl.maximum(tau, 1.0), 128.0)
-
-
-@triton.jit
-def from_row(m_ptr, p_ptr, rows, start, rank):
-    """Move m, P and the number of rows to start at a row, so that offsets fit 32 bits."""
-    packed = (rank * (rank + 1)) // 2
-    return m_ptr + start * rank, p_ptr + start * packed, (rows - start).to(tl.int32)
-
-
-@triton.jit
-def pair_of(pairs_ptr, o_k, packed):
-    """Return the pair (i, j) of every packed entry; (0, 0) beyond the last."""
-    pair = tl.load(pairs_ptr + o_k, mask=o_k < packed, other=0)
-    return pair & 0xFFFF, pair >> 16
-
-
-@triton.jit
-def outer_entries(x_ptr, o_row, rows, i, j, mask, rank):
-    """Form x_i x_j of some rows for some pairs: ``rows x pairs``."""
-    x_i = tl.load(x_ptr + (o_row[:, None] * rank + i[None, :]), mask=mask, other=0.0)
-    x_j = tl.load(x_ptr + (o_row[:, None] * rank + j[None, :]), mask=mask, other=0.0)
-    return x_i * x_j
-
-
-@triton.jit
-def moment_entries(m_ptr, p_ptr, pairs_ptr, o_row, rows, o_k, rank, bias1, bias2):
-    """Load a tile of P^ and form m^^T m^ and the weights (2 off the diagonal) beside it."""
-    packed = (rank * (rank + 1)) // 2
-    i, j = pair_of(pairs_ptr, o_k, packed)
-    mask = (o_row < rows)[:, None] & (o_k < packed)[None, :]
-    p = tl.load(p_ptr + (o_row[:, None] * packed + o_k[None, :]), mask=mask, other=0.0) / bias2
-    m_m = outer_entries(m_ptr, o_row, rows, i, j, mask, rank) / (bias1 * bias1)
-    return p, m_m, tl.where(i == j, 1.0, 2.0)
-
-
-@triton.jit
-def unit_of(top):
-    """Return what brings the largest entry of P to 1, so that no square of it underflows."""
-    return tl.where(top > 1e-37, 1.0 / tl.where(top > 1e-37, top, 1.0), 1.0)
-
-
-@triton.jit
-def sums_of(p, m_m, weight, unit):
-    """Return |P|^2, m P m^T and |m|^4 over some packed entries, in units of P's top entry."""
-    p, m_m = p * unit[:, None], m_m * unit[:, None]
-    return (
-        tl.sum(weight * p * p, axis=1),
-        tl.sum(weight * p * m_m, axis=1),
-        tl.sum(weight * m_m * m_m, axis=1),
-    )
-
-
-@triton.jit
-def centre_of(unit, p_sq, mpm, m_4):
-    """Return a and sigma^2 of each row from |P|_F^2, m P m^T and |m|^4 in units of P's top entry.
-
-    |R|_F^2 = |P|_F^2 - (m P m^T)^2 / |m|^4. Rounding limits it to about 3e-4 |P|_F; sigma is
-    clamped there, which costs fp16 at most 11 bits of range and no accuracy.
-    """
-    a = tl.where(m_4 > 0, mpm / tl.where(m_4 > 0, m_4, 1.0), 0.0)
-    r_sq = tl.maximum(p_sq - a * mpm, p_sq * 2.384185791015625e-07)  # 2^-22
-    sigma_sq = tl.where(r_sq > 0, tl.rsqrt(tl.where(r_sq > 0, r_sq, 1.0)), 1.0)
-    # A row whose P is below 1e-37 keeps sigma = 1, and one near it a sigma that is too small for
-    # fp16: with gradients below 1e-15 the step loses precision.
-    return a, tl.minimum(sigma_sq * unit, 1e30)
-
-
-@triton.jit
-def shrink_of(eps):
-    """Return what the denominators of a row are multiplied by: 1, or less under a large eps.
-
-    D = m~ / eps would leave fp16's range where eps, in units of a row, is far above sqrt(v).
-    """
-    return tl.minimum(1.0, 4096.0 / tl.maximum(eps, 1.0))
-
-
-@triton.jit
-def residual_weight(row_ptr):
-    """Return what R counts: 0 at the first step, where P^ = m^^T m^ and R is rounding alone."""
-    step_ptr = tl.load(row_ptr + STEP).to(tl.pointer_type(tl.int64))
-    return tl.where(tl.load(step_ptr) > 1, 1.0, 0.0)
 
 
 @triton.jit
@@ -275,13 +204,15 @@ def _write_residual(
     partner_rows,
     out_ptr,
     centre_ptr,
+    direction_ptr,
     rank,
     BLOCK: tl.constexpr,
     N: tl.constexpr,
+    R: tl.constexpr,
     PRODUCTS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Write the centred second moment of a block of rows, and its a and sigma^2."""
+    """Write the centred second moment of a block of rows, its direction and its coefficients."""
     unbias1 = 1.0 / tl.load(number_ptr + BIAS1).to(tl.float32)
     unbias2 = 1.0 / tl.load(number_ptr + BIAS2).to(tl.float32)
     m_ptr = tl.load(row_ptr + EXP_AVG).to(tl.pointer_type(tl.float32))
@@ -291,44 +222,38 @@ def _write_residual(
     o_row, o_j = tl.arange(0, BLOCK), tl.arange(0, N)
     live = o_row < rows
     mask = live[:, None] & (o_j < rank)[None, :]
-    m_ptrs = m_ptr + o_row * rank
-    m = tl.load(m_ptrs[:, None] + o_j[None, :], mask=mask, other=0.0) * unbias1
-    # P is positive semidefinite: its largest entry stands on the diagonal.
-    o_diagonal = o_row[:, None] * packed + (o_j * rank - (o_j * (o_j - 1)) // 2)[None, :]
-    diagonal = tl.load(p_ptr + o_diagonal, mask=mask, other=0.0)
-    unit = unit_of(tl.max(diagonal, axis=1) * unbias2)
-    m_scale = tl.sqrt(unit)
-    p_sq = tl.zeros((BLOCK, N), tl.float32)
-    mpm = tl.zeros((BLOCK, N), tl.float32)
-    o_p = o_row[:, None] * packed + o_j[None, :]
-    for i in range(0, rank):
-        m_i = tl.load(m_ptrs + i, mask=live, other=0.0) * (unbias1 * unit)
-        p = tl.load(p_ptr + o_p, mask=mask & (o_j >= i)[None, :], other=0.0)
-        p = p * unbias2 * unit[:, None]
-        weighted = p * tl.where(o_j == i, 1.0, 2.0)[None, :]
-        p_sq += weighted * p
-        mpm += weighted * (m_i[:, None] * m)
-        o_p += rank - 1 - i
-    m_unit = m * m_scale[:, None]
-    m_sq = tl.sum(m_unit * m_unit, axis=1)
-    tau = scale_of(partner_rows, rank)
-    p_sq, mpm = tl.sum(p_sq, axis=1), tl.sum(mpm, axis=1)
-    a, sigma_sq = centre_of(unit, p_sq, mpm, m_sq * m_sq)
-    shrink = shrink_of(tl.load(hyper_ptr + EPS).to(tl.float32) * tau * tl.sqrt(sigma_sq))
-    counts = sigma_sq * shrink * shrink * residual_weight(row_ptr)
+    unit = unit_of(diagonal_of(p_ptr, live, o_row, o_j, rank) * unbias2)
+    scale = unit * unbias2
+    m, w, by_m, a, gain, b, c, r_sq = second_centre(
+        m_ptr, p_ptr, live, o_row, o_j, rank, unbias1, unbias2, unit, DTYPE
+    )
+    counts = residual_weight(row_ptr)
+    a, b, c = a + gain * counts, b * counts, c * counts
+    sigma_sq = sigma_sq_of(r_sq, unit)
     first_row = tl.load(row_ptr + RESIDUAL_ROW) + start
-    tl.store(centre_ptr + 2 * (first_row + o_row), a)
-    tl.store(centre_ptr + 2 * (first_row + o_row) + 1, sigma_sq)
+    tl.store(direction_ptr + (first_row + o_row)[:, None] * R + o_j[None, :], w)
+    w = w.to(tl.float32)
+    sigma_sq_unit = sigma_sq / unit
+    centre_ptrs = centre_ptr + 4 * (first_row + o_row)
+    tl.store(centre_ptrs, a * by_m * by_m)
+    tl.store(centre_ptrs + 1, 2 * b * by_m * tl.sqrt(sigma_sq_unit))
+    tl.store(centre_ptrs + 2, c * sigma_sq_unit)
+    tl.store(centre_ptrs + 3, sigma_sq)
+    tau = scale_of(partner_rows, rank)
+    shrink = shrink_of(tl.load(hyper_ptr + EPS).to(tl.float32) * tau * tl.sqrt(sigma_sq))
+    counts *= sigma_sq_unit * shrink * shrink
     out_ptr += first_row * PRODUCTS
     o_p = o_row[:, None] * packed + o_j[None, :]
     o_out = o_row[:, None] * PRODUCTS + o_j[None, :]
     for i in range(0, rank):
-        m_i = tl.load(m_ptrs + i, mask=live, other=0.0) * unbias1
-        p = tl.load(p_ptr + o_p, mask=mask & (o_j >= i)[None, :], other=0.0) * unbias2
-        residual = p - (a * m_i)[:, None] * m
-        residual *= counts[:, None] * tl.where(o_j == i, 1.0, 2.0)[None, :]
+        p = tl.load(p_ptr + o_p, mask=mask & (o_j >= i)[None, :], other=0.0) * scale[:, None]
+        own = (o_j == i)[None, :]
+        m_i = tl.sum(tl.where(own, m, 0.0), axis=1)
+        w_i = tl.sum(tl.where(own, w, 0.0), axis=1)
+        r = p - (a * m_i + b * w_i)[:, None] * m - (b * m_i + c * w_i)[:, None] * w
+        r *= counts[:, None] * tl.where(own, 1.0, 2.0)
         kept = ((o_j >= i) & (o_j < rank))[None, :]
-        tl.store(out_ptr + o_out, residual.to(DTYPE), mask=kept)
+        tl.store(out_ptr + o_out, r.to(DTYPE), mask=kept)
         o_p += rank - 1 - i
         o_out += rank - 1 - i
     _clear_padding(out_ptr, o_row, PRODUCTS, packed, PRODUCTS, DTYPE)
@@ -345,6 +270,7 @@ def _operands_kernel(
     partner_ptr,
     residual_ptr,
     centre_ptr,
+    direction_ptr,
     rank,
     BLOCK: tl.constexpr,
     N: tl.constexpr,
@@ -387,9 +313,11 @@ def _operands_kernel(
                 partner_rows,
                 residual_ptr,
                 centre_ptr,
+                direction_ptr,
                 rank,
                 BLOCK,
                 N,
+                R,
                 PRODUCTS,
                 DTYPE,
             )

@@ -12,6 +12,10 @@ and m~ is the sum of three products of fp16 halves. ``operands`` prepares what i
 arrive through the tensor memory accelerator. No m x n tensor exists. Up to rank 16 a row's R stays
 beside the tiles; above, the contraction over the blocks of R is a GEMM main loop of its own.
 
+The sum over R begins at what a second centre adds to v, ``w~ (2 b m~ + c w~)``, see ``centre``. Its
+two narrow products are a small part of the work above rank 16: there it is always on. For ranks 9
+to 16 a block of rows takes it where enough of its rows ask for it; up to rank 8 there is none.
+
 This is the kernel of every GPU and of the interpreter; ``update_hopper`` is the same step for
 compute capability 9.0, with the tensor cores driven by hand.
 """
@@ -21,17 +25,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loft_kernels.backends.triton.operands import (
-    centre_of,
-    from_row,
-    load_half,
-    moment_entries,
-    residual_weight,
-    scale_of,
-    shrink_of,
-    sums_of,
-    unit_of,
-)
+from loft_kernels.backends.triton.centre import from_row, residual_weight, shrink_of
+from loft_kernels.backends.triton.operands import load_half, scale_of
+from loft_kernels.backends.triton.residual import residual_rows
 from loft_kernels.backends.triton.tables import (
     BIAS1,
     BIAS2,
@@ -146,46 +142,18 @@ def move_rows(
 
 
 @triton.jit
-def _residual_rows(
-    m_ptr,
-    p_ptr,
-    pairs_ptr,
-    o_row,
-    rows,
-    rank,
-    bias1,
-    bias2,
-    counts,
-    eps,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Form a, sigma^2 and the centred second moment of some rows; up to rank 16."""
-    o_k = tl.arange(0, MAIN)
-    p, m_m, weight = moment_entries(m_ptr, p_ptr, pairs_ptr, o_row, rows, o_k, rank, bias1, bias2)
-    weight = weight[None, :]
-    top = tl.max(tl.abs(p), axis=1)
-    if TAIL > 0:
-        o_t = MAIN + tl.arange(0, TAIL)
-        p_t, m_m_t, weight_t = moment_entries(
-            m_ptr, p_ptr, pairs_ptr, o_row, rows, o_t, rank, bias1, bias2
-        )
-        weight_t = weight_t[None, :]
-        top = tl.maximum(top, tl.max(tl.abs(p_t), axis=1))
-    unit = unit_of(top)
-    p_sq, mpm, m_4 = sums_of(p, m_m, weight, unit)
-    if TAIL > 0:
-        more = sums_of(p_t, m_m_t, weight_t, unit)
-        p_sq, mpm, m_4 = p_sq + more[0], mpm + more[1], m_4 + more[2]
-    a, sigma_sq = centre_of(unit, p_sq, mpm, m_4)
-    shrink = shrink_of(eps * tl.sqrt(sigma_sq))
-    counts *= (shrink * shrink * sigma_sq)[:, None]
-    main = ((p - a[:, None] * m_m) * (counts * weight)).to(DTYPE)
-    tail = main
-    if TAIL > 0:
-        tail = ((p_t - a[:, None] * m_m_t) * (counts * weight_t)).to(DTYPE)
-    return a, sigma_sq, main, tail
+def second_part(m_tile, w_tile, b, c):
+    """Return what the second centre adds to v."""
+    return w_tile * (b[:, None] * m_tile + c[:, None] * w_tile)
+
+
+@triton.jit
+def _first_sum(m_tile, w, q, q_low, b, c, EXACT: tl.constexpr):
+    """Return where the sum over R begins: the second centre's part of v for one tile."""
+    w_tile = tl.dot(w, tl.trans(q), input_precision="ieee")
+    if not EXACT:
+        w_tile = tl.dot(w, tl.trans(q_low), w_tile, input_precision="ieee")
+    return second_part(m_tile, w_tile, b, c)
 
 
 @triton.jit
@@ -198,6 +166,7 @@ def _update_kernel(
     inverse_ptr,
     pairs_ptr,
     centre_ptr,
+    direction_ptr,
     main,
     tail,
     halves,
@@ -225,10 +194,11 @@ def _update_kernel(
         OPERAND: tl.constexpr = tl.float32 if EXACT else tl.float16
         PRODUCTS: tl.constexpr = MAIN * BLOCKS + TAIL
         PRECISION: tl.constexpr = "ieee"
+        SECOND: tl.constexpr = SPLIT == 1  # above rank 8
         rows = tl.load(row_ptr + ROWS)
         partner_rows = tl.load(table_ptr + (side ^ 1) * COLUMNS + ROWS)
-        bias1 = tl.load(numbers_ptr + side * NUMBERS + BIAS1).to(tl.float32)
-        bias2 = tl.load(numbers_ptr + side * NUMBERS + BIAS2).to(tl.float32)
+        unbias1 = 1.0 / tl.load(numbers_ptr + side * NUMBERS + BIAS1).to(tl.float32)
+        unbias2 = 1.0 / tl.load(numbers_ptr + side * NUMBERS + BIAS2).to(tl.float32)
         floor = (1.0 / tl.load(numbers_ptr + side * NUMBERS + BOUND)).to(tl.float32)
         counts = residual_weight(row_ptr)
         m_ptr = tl.load(row_ptr + EXP_AVG).to(tl.pointer_type(tl.float32))
@@ -240,31 +210,36 @@ def _update_kernel(
         # The rows' operands: sigma m in two halves, and the residual.
         eps = tl.load(hyper_ptr + EPS).to(tl.float32) * tau
         if RESIDENT:
-            a, sigma_sq, r_main, r_tail = _residual_rows(
+            second, a, b, c, sigma_sq, w, r_main, r_tail = residual_rows(
                 m_ptr,
                 p_ptr,
                 pairs_ptr,
                 o_row,
                 left,
                 rank,
-                bias1,
-                bias2,
+                unbias1,
+                unbias2,
                 counts,
                 eps,
+                R,
                 MAIN,
                 TAIL,
+                SECOND,
                 OPERAND,
             )
         else:
             first = tl.load(row_ptr + RESIDUAL_ROW) + start
-            a = tl.load(centre_ptr + 2 * (first + o_row))
-            sigma_sq = tl.load(centre_ptr + 2 * (first + o_row) + 1)
+            centre_ptrs = centre_ptr + 4 * (first + o_row)
+            a, b, c = tl.load(centre_ptrs), tl.load(centre_ptrs + 1), tl.load(centre_ptrs + 2)
+            sigma_sq = tl.load(centre_ptrs + 3)
+            w = tl.load(direction_ptr + (first + o_row)[:, None] * R + tl.arange(0, R)[None, :])
             o_residual = first.to(tl.int32)
         sigma = tl.sqrt(sigma_sq)
         shrink = shrink_of(eps * sigma)
-        a, floor, eps = a * shrink * shrink, floor * shrink * shrink, eps * sigma * shrink
+        a, b, c = a * shrink * shrink, b * shrink * shrink, c * shrink * shrink
+        floor, eps = floor * shrink * shrink, eps * sigma * shrink
         m_high, m_low, part = load_half(
-            m_ptr, o_row, left, tl.arange(0, R), rank, sigma[:, None] / bias1, SPLIT, OPERAND
+            m_ptr, o_row, left, tl.arange(0, R), rank, sigma[:, None] * unbias1, SPLIT, OPERAND
         )
         if SPLIT == 3:
             m_high = tl.where((part == 1)[None, :], m_low, m_high)
@@ -283,18 +258,22 @@ def _update_kernel(
             m_tile = tl.dot(m_high, tl.trans(q), input_precision=PRECISION)
             if (SPLIT < 3) & (not EXACT):
                 m_tile = tl.dot(m_low, tl.trans(q), m_tile, input_precision=PRECISION)
+            q_low = q
             if (SPLIT == 1) & (not EXACT):
                 q_low = halves.load([o_partner + j, PRODUCTS + R])
                 m_tile = tl.dot(m_high, tl.trans(q_low), m_tile, input_precision=PRECISION)
             if RESIDENT:
-                dot = tl.dot(
-                    r_main, tl.trans(main.load([o_partner + j, 0])), input_precision=PRECISION
-                )
+                dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                if SECOND:  # noqa: SIM102  the compiler knows SECOND, not second
+                    if second:
+                        dot = _first_sum(m_tile, w, q, q_low, b, c, EXACT)
+                product = main.load([o_partner + j, 0])
+                dot = tl.dot(r_main, tl.trans(product), dot, input_precision=PRECISION)
                 if TAIL > 0:
                     product = tail.load([o_partner + j, MAIN])
                     dot = tl.dot(r_tail, tl.trans(product), dot, input_precision=PRECISION)
             else:
-                dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                dot = _first_sum(m_tile, w, q, q_low, b, c, EXACT)
                 for k in range(0, BLOCKS):
                     rows_of = residual_main.load([o_residual, k * MAIN])
                     product = main.load([o_partner + j, k * MAIN])

@@ -24,17 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from loft_kernels.backends.triton.operands import (
-    centre_of,
-    from_row,
-    load_half,
-    moment_entries,
-    residual_weight,
-    scale_of,
-    shrink_of,
-    sums_of,
-    unit_of,
-)
+from loft_kernels.backends.triton.centre import shrink_of
+from loft_kernels.backends.triton.operands import load_half, scale_of
+from loft_kernels.backends.triton.residual_hopper import residual_rows
 from loft_kernels.backends.triton.tables import (
     BIAS1,
     BIAS2,
@@ -46,10 +38,9 @@ from loft_kernels.backends.triton.tables import (
     NUMBERS,
     PARTNER_ROW,
     ROWS,
-    SECOND_MOMENT,
     SKIP,
 )
-from loft_kernels.backends.triton.update import guarded, move_rows, two_entries
+from loft_kernels.backends.triton.update import guarded, move_rows, second_part, two_entries
 
 # Triton 3.9 renamed it.
 fetch_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -149,6 +140,93 @@ def _fetch(
 
 
 @gluon.jit
+def _stream(
+    begin,
+    tiles,
+    o_partner,
+    main,
+    tail,
+    halves,
+    slots,
+    bars,
+    left_operands,
+    of_rows,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    R: gl.constexpr,
+    MAIN: gl.constexpr,
+    TAIL: gl.constexpr,
+    SPLIT: gl.constexpr,
+    STAGES: gl.constexpr,
+    SECOND: gl.constexpr,
+):
+    """Return D Q of some rows, over all tiles of partner rows."""
+    WARPS: gl.constexpr = BLOCK_M // 16
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, R, 16])
+    left_narrow: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
+    m_high, m_low, w, r_main, r_tail = left_operands
+    a, b, c, floor, eps = of_rows
+    s_main, s_tail, s_high, s_low = slots
+    main_full, tail_full, high_full, low_full = bars
+    none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, wide)
+    projected = gl.zeros([BLOCK_M, R], gl.float32, narrow)
+    for first_tile in range(begin, tiles, FLUSH):
+        acc = warpgroup_mma_init(gl.zeros([BLOCK_M, R], gl.float32, narrow))
+        for t in range(first_tile, gl.minimum(first_tile + FLUSH, tiles)):
+            slot, phase = t % STAGES, (t // STAGES) & 1
+            mbarrier.wait(high_full.index(slot), phase)
+            q = s_high.index(slot)
+            q_t = q.permute((1, 0))
+            m_tile = warpgroup_mma(m_high, q_t, none, use_acc=False, is_async=True)
+            if SPLIT < 3:
+                m_tile = warpgroup_mma(m_low, q_t, m_tile, is_async=True)
+            if SPLIT == 1:
+                mbarrier.wait(low_full.index(slot), phase)
+                low_t = s_low.index(slot).permute((1, 0))
+                m_tile = warpgroup_mma(m_high, low_t, m_tile, is_async=True)
+            dot = none
+            if SECOND:
+                w_tile = warpgroup_mma(w, q_t, none, use_acc=False, is_async=True)
+                w_tile = warpgroup_mma(w, low_t, w_tile, is_async=True)
+                m_tile, w_tile, acc = warpgroup_mma_wait(0, deps=[m_tile, w_tile, acc])
+                dot = second_part(m_tile, w_tile, b, c)
+            mbarrier.wait(main_full.index(slot), phase)
+            main_t = s_main.index(slot).permute((1, 0))
+            dot = warpgroup_mma(r_main, main_t, dot, use_acc=SECOND, is_async=True)
+            if TAIL > 0:
+                mbarrier.wait(tail_full.index(slot), phase)
+                tail_t = s_tail.index(slot).permute((1, 0))
+                dot = warpgroup_mma(r_tail, tail_t, dot, is_async=True)
+            m_tile, dot, acc = warpgroup_mma_wait(0, deps=[m_tile, dot, acc])
+            # All products of the tile before are done in every warp: its slot is free.
+            tl.debug_barrier()
+            ahead = t + STAGES - 1
+            _fetch(
+                ahead,
+                ahead < tiles,
+                o_partner,
+                main,
+                tail,
+                halves,
+                slots,
+                bars,
+                BLOCK_N,
+                MAIN,
+                TAIL,
+                SPLIT,
+                R,
+                STAGES,
+            )
+            v = guarded(m_tile, dot, a, floor)
+            d = two_entries(m_tile, v, tl.broadcast_to(eps[:, None], m_tile.shape))
+            d = gl.convert_layout(d, left_narrow)
+            acc = warpgroup_mma(d, q, acc, is_async=True)
+        projected += warpgroup_mma_wait(0, deps=[acc])
+    return projected
+
+
+@gluon.jit
 def _update_hopper_kernel(
     table_ptr,
     tiles_ptr,
@@ -180,60 +258,43 @@ def _update_hopper_kernel(
         wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
         narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, R, 16])
         left_wide: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
-        left_narrow: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
         LANES: gl.constexpr = MAIN // 4 if MAIN < 128 else 32
         by_main: gl.constexpr = gl.BlockedLayout([1, 4], [32 // LANES, LANES], [WARPS, 1], [1, 0])
         by_16: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
+        SECOND: gl.constexpr = SPLIT == 1  # above rank 8
         rows = gl.load(row_ptr + ROWS)
         partner_rows = gl.load(table_ptr + (side ^ 1) * COLUMNS + ROWS)
-        bias1 = gl.load(numbers_ptr + side * NUMBERS + BIAS1).to(gl.float32)
-        bias2 = gl.load(numbers_ptr + side * NUMBERS + BIAS2).to(gl.float32)
+        unbias1 = 1.0 / gl.load(numbers_ptr + side * NUMBERS + BIAS1).to(gl.float32)
+        unbias2 = 1.0 / gl.load(numbers_ptr + side * NUMBERS + BIAS2).to(gl.float32)
         floor = (1.0 / gl.load(numbers_ptr + side * NUMBERS + BOUND)).to(gl.float32)
         m_ptr = gl.load(row_ptr + EXP_AVG).to(gl.pointer_type(gl.float32))
-        p_ptr = gl.load(row_ptr + SECOND_MOMENT).to(gl.pointer_type(gl.float32))
-        m_ptr, p_ptr, left = from_row(m_ptr, p_ptr, rows, start, rank)
+        m_ptr, left = m_ptr + start * rank, (rows - start).to(gl.int32)
         tau = scale_of(partner_rows, rank)
 
         # The rows' residual, in registers.
-        o_row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, by_main))
-        o_k = gl.arange(0, MAIN, gl.SliceLayout(0, by_main))
-        p, m_m, weight = moment_entries(
-            m_ptr, p_ptr, pairs_ptr, o_row, left, o_k, rank, bias1, bias2
+        eps = gl.load(hyper_ptr + EPS).to(gl.float32) * tau
+        second, a, b, c, sigma_sq, w, r_main, r_tail = residual_rows(
+            row_ptr,
+            pairs_ptr,
+            start,
+            rank,
+            unbias1,
+            unbias2,
+            eps,
+            BLOCK_M,
+            by_main,
+            by_16,
+            wide,
+            MAIN,
+            TAIL,
+            SECOND,
         )
-        weight = weight[None, :]
-        top = gl.max(gl.abs(p), axis=1)
-        rowwise: gl.constexpr = gl.SliceLayout(1, by_main)
         rowwise16: gl.constexpr = gl.SliceLayout(1, by_16)
         o_row16 = gl.arange(0, BLOCK_M, rowwise16)
         o_16 = gl.arange(0, 16, gl.SliceLayout(0, by_16))
-        if TAIL > 0:
-            p_t, m_m_t, weight_t = moment_entries(
-                m_ptr, p_ptr, pairs_ptr, o_row16, left, MAIN + o_16, rank, bias1, bias2
-            )
-            weight_t = weight_t[None, :]
-            top = gl.maximum(top, gl.convert_layout(gl.max(gl.abs(p_t), axis=1), rowwise))
-        unit = unit_of(top)
-        p_sq, mpm, m_4 = sums_of(p, m_m, weight, unit)
-        if TAIL > 0:
-            more = sums_of(p_t, m_m_t, weight_t, gl.convert_layout(unit, rowwise16))
-            p_sq += gl.convert_layout(more[0], rowwise)
-            mpm += gl.convert_layout(more[1], rowwise)
-            m_4 += gl.convert_layout(more[2], rowwise)
-        a, sigma_sq = centre_of(unit, p_sq, mpm, m_4)
-        eps = gl.load(hyper_ptr + EPS).to(gl.float32) * tau
-        shrink = shrink_of(eps * gl.sqrt(sigma_sq))
-        counts = sigma_sq * shrink * shrink * residual_weight(row_ptr)
-        r_main = (p - a[:, None] * m_m) * (counts[:, None] * weight)
-        r_main = gl.convert_layout(r_main.to(gl.float16), left_wide)
-        a16 = gl.convert_layout(a, rowwise16)
-        sigma_sq16 = gl.convert_layout(sigma_sq, rowwise16)
-        if TAIL > 0:
-            counts16 = gl.convert_layout(counts, rowwise16)
-            r_tail = (p_t - a16[:, None] * m_m_t) * (counts16[:, None] * weight_t)
-            r_tail = gl.convert_layout(r_tail.to(gl.float16), left_wide)
 
         # sigma m in two halves, in registers too.
-        scale = gl.sqrt(sigma_sq16)[:, None] / bias1
+        scale = gl.sqrt(sigma_sq)[:, None] * unbias1
         m_high, m_low, part = load_half(m_ptr, o_row16, left, o_16, rank, scale, SPLIT, gl.float16)
         if SPLIT == 3:
             m_high = gl.where((part == 1)[None, :], m_low, m_high)
@@ -241,9 +302,9 @@ def _update_hopper_kernel(
             m_low = gl.where((part == 0)[None, :], m_low, gl.full_like(m_low, 0.0))
         m_high = gl.convert_layout(m_high, left_wide)
         m_low = gl.convert_layout(m_low, left_wide)
-        a = gl.convert_layout(a * shrink * shrink, gl.SliceLayout(1, wide))
-        floor = gl.convert_layout(floor * shrink * shrink, gl.SliceLayout(1, wide))
-        eps = gl.convert_layout(eps * gl.sqrt(sigma_sq) * shrink, gl.SliceLayout(1, wide))
+        eps = eps * gl.convert_layout(gl.sqrt(sigma_sq), gl.SliceLayout(1, wide))
+        shrink = shrink_of(eps)
+        a, floor, eps = a * shrink * shrink, floor * shrink * shrink, eps * shrink
         shrink = gl.convert_layout(shrink, gl.SliceLayout(1, narrow))
 
         s_main = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, MAIN], main.layout)
@@ -259,9 +320,9 @@ def _update_hopper_kernel(
         high_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
         low_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
         bars = (main_full, tail_full, high_full, low_full)
-        for b in gl.static_range(4):
+        for operand in gl.static_range(4):
             for stage in gl.static_range(STAGES):
-                mbarrier.init(bars[b].index(stage), count=1)
+                mbarrier.init(bars[operand].index(stage), count=1)
         slots = (s_main, s_tail, s_high, s_low)
         o_partner = gl.load(row_ptr + PARTNER_ROW).to(gl.int32)
         tiles = (partner_rows.to(gl.int32) + BLOCK_N - 1) // BLOCK_N
@@ -283,58 +344,56 @@ def _update_hopper_kernel(
                 STAGES,
             )
 
-        none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, wide)
+        left_operands = (m_high, m_low, w, r_main, r_tail)
+        of_rows = (a, b, c, floor, eps)
+        # One of two loops runs. Two branches would cost the usual one more instructions.
+        twofold = gl.where(second, tiles, 0)
         projected = gl.zeros([BLOCK_M, R], gl.float32, narrow)
-        for first_tile in range(0, tiles, FLUSH):
-            acc = warpgroup_mma_init(gl.zeros([BLOCK_M, R], gl.float32, narrow))
-            for t in range(first_tile, gl.minimum(first_tile + FLUSH, tiles)):
-                slot, phase = t % STAGES, (t // STAGES) & 1
-                mbarrier.wait(high_full.index(slot), phase)
-                q = s_high.index(slot)
-                q_t = q.permute((1, 0))
-                m_tile = warpgroup_mma(m_high, q_t, none, use_acc=False, is_async=True)
-                if SPLIT < 3:
-                    m_tile = warpgroup_mma(m_low, q_t, m_tile, is_async=True)
-                if SPLIT == 1:
-                    mbarrier.wait(low_full.index(slot), phase)
-                    low_t = s_low.index(slot).permute((1, 0))
-                    m_tile = warpgroup_mma(m_high, low_t, m_tile, is_async=True)
-                mbarrier.wait(main_full.index(slot), phase)
-                main_t = s_main.index(slot).permute((1, 0))
-                dot = warpgroup_mma(r_main, main_t, none, use_acc=False, is_async=True)
-                if TAIL > 0:
-                    mbarrier.wait(tail_full.index(slot), phase)
-                    tail_t = s_tail.index(slot).permute((1, 0))
-                    dot = warpgroup_mma(r_tail, tail_t, dot, is_async=True)
-                m_tile, dot, acc = warpgroup_mma_wait(0, deps=[m_tile, dot, acc])
-                # All products of the tile before are done in every warp: its slot is free.
-                tl.debug_barrier()
-                ahead = t + STAGES - 1
-                _fetch(
-                    ahead,
-                    ahead < tiles,
-                    o_partner,
-                    main,
-                    tail,
-                    halves,
-                    slots,
-                    bars,
-                    BLOCK_N,
-                    MAIN,
-                    TAIL,
-                    SPLIT,
-                    R,
-                    STAGES,
-                )
-                v = guarded(m_tile, dot, a, floor)
-                d = two_entries(m_tile, v, tl.broadcast_to(eps[:, None], m_tile.shape))
-                d = gl.convert_layout(d, left_narrow)
-                acc = warpgroup_mma(d, q, acc, is_async=True)
-            projected += warpgroup_mma_wait(0, deps=[acc])
+        if SECOND:
+            projected = _stream(
+                0,
+                twofold,
+                o_partner,
+                main,
+                tail,
+                halves,
+                slots,
+                bars,
+                left_operands,
+                of_rows,
+                BLOCK_M,
+                BLOCK_N,
+                R,
+                MAIN,
+                TAIL,
+                SPLIT,
+                STAGES,
+                True,
+            )
+        projected += _stream(
+            twofold,
+            tiles,
+            o_partner,
+            main,
+            tail,
+            halves,
+            slots,
+            bars,
+            left_operands,
+            of_rows,
+            BLOCK_M,
+            BLOCK_N,
+            R,
+            MAIN,
+            TAIL,
+            SPLIT,
+            STAGES,
+            False,
+        )
         projected *= shrink[:, None]
-        for b in gl.static_range(4):
+        for operand in gl.static_range(4):
             for stage in gl.static_range(STAGES):
-                mbarrier.invalidate(bars[b].index(stage))
+                mbarrier.invalidate(bars[operand].index(stage))
         project_back(
             row_ptr,
             hyper_ptr,

@@ -3,8 +3,9 @@
 At these ranks the loop is bound by what it reads: the residuals of a program's rows do not fit its
 shared memory, and those of all programs not the L2 cache, so every tile brings them from memory
 again. Tiles of 256 partner rows halve that. They fill the registers with one accumulator, so m~ is
-formed a quarter of a tile at a time, twice: at the beginning, for what the second centre adds to v,
-which is where the accumulator starts from, and at the end. The rows' operands wait in shared memory.
+formed a quarter of a tile at a time, at the end, and where rows have a second centre at the
+beginning, too, for what that adds to v: the accumulator starts from there. Slots of the ring are
+unrolled, which leaves a third of the instructions between two products.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from loft_kernels.backends.triton.centre import shrink_of
 from loft_kernels.backends.triton.configs import BROAD_TILE
-from loft_kernels.backends.triton.operands import load_half, scale_of, shrink_of
+from loft_kernels.backends.triton.operands import load_half, scale_of
 from loft_kernels.backends.triton.tables import (
     BIAS1,
     BOUND,
@@ -35,7 +37,7 @@ from loft_kernels.backends.triton.tables import (
     ROWS,
     SKIP,
 )
-from loft_kernels.backends.triton.update import guarded, two_entries
+from loft_kernels.backends.triton.update import guarded, second_part, two_entries
 from loft_kernels.backends.triton.update_hopper import fetch_tile, project_back
 
 # Columns of a block of the contraction.
@@ -70,7 +72,6 @@ def _multiply_block(
     residual_main,
     slots,
     dot,
-    add,
     S: gl.constexpr,
     BLOCKS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -81,7 +82,7 @@ def _multiply_block(
     USES: gl.constexpr = (BLOCKS - S + STAGES - 1) // STAGES
     mbarrier.wait(ready, (t * USES + group) & 1)
     mbarrier.wait(residual_ready, (t * USES + group) & 1)
-    dot = warpgroup_mma(s_residual, s_main.permute((1, 0)), dot, use_acc=add, is_async=True)
+    dot = warpgroup_mma(s_residual, s_main.permute((1, 0)), dot, is_async=True)
     dot = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[dot]))
     # Armed before the barrier below, which the compiler would put between arming and fetching.
     coming = k + STAGES - 1
@@ -116,10 +117,39 @@ def _first_tile(s_m_high, s_m_low, high_t, low_t, none):
 
 
 @gluon.jit
-def _joined(x, y, WIDE: gl.constexpr, COLUMNS_X: gl.constexpr):
+def _joined(x, y, COLUMNS_X: gl.constexpr):
     """Put two tiles side by side."""
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 2 * COLUMNS_X, 16])
     both = gl.reshape(gl.permute(gl.join(x, y), (0, 2, 1)), [_M, 2 * COLUMNS_X])
-    return gl.convert_layout(both, WIDE, assert_trivial=True)
+    return gl.convert_layout(both, wide, assert_trivial=True)
+
+
+@gluon.jit
+def _second_part(w, s_m_high, s_m_low, s_high, s_low, none, b, c, K: gl.constexpr):
+    """Form what the second centre adds to v in a quarter of a tile."""
+    high_t = s_high.slice(K * _QUARTER, _QUARTER).permute((1, 0))
+    low_t = s_low.slice(K * _QUARTER, _QUARTER).permute((1, 0))
+    w_tile = warpgroup_mma(w, low_t, none, use_acc=False, is_async=True)
+    w_tile = warpgroup_mma(w, high_t, w_tile, is_async=True)
+    m_tile = _first_tile(s_m_high, s_m_low, high_t, low_t, none)
+    w_tile, m_tile = warpgroup_mma_wait(0, deps=[w_tile, m_tile])
+    return second_part(m_tile, w_tile, b, c)
+
+
+@gluon.jit
+def _second_parts(direction_ptr, s_m_high, s_m_low, s_high, s_low, none, b, c):
+    """Form what the second centre adds to v in a tile, where its accumulator starts from."""
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, _R, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
+    o_row = gl.arange(0, _M, gl.SliceLayout(1, left))
+    o_r = gl.arange(0, _R, gl.SliceLayout(0, left))
+    w = gl.load(direction_ptr + (o_row[:, None] * _R + o_r[None, :]))
+    parts = ()
+    for k in gl.static_range(4):
+        part = _second_part(w, s_m_high, s_m_low, s_high, s_low, none, b, c, k)
+        parts = parts + (part,)  # noqa: RUF005 - Gluon knows no stars
+    left_half = _joined(parts[0], parts[1], _QUARTER)
+    return _joined(left_half, _joined(parts[2], parts[3], _QUARTER), 2 * _QUARTER)
 
 
 @gluon.jit
@@ -148,7 +178,6 @@ def _update_hopper_broad_kernel(
     STAGES: gl.constexpr,
     HAS_MASTER: gl.constexpr,
     PARAM_DTYPE: gl.constexpr,
-    SECOND: gl.constexpr,
 ):
     i_tile = gl.program_id(0).to(gl.int64)
     side = gl.load(tiles_ptr + 2 * i_tile).to(gl.int64)
@@ -172,13 +201,14 @@ def _update_hopper_broad_kernel(
 
         # Slots are allocations of their own: the compiler separates accesses to one by a barrier.
         one: gl.constexpr = mbarrier.MBarrierLayout()
-        slots = ()
+        slots: tuple = ()
         for _ in gl.static_range(STAGES):
             s_main = gl.allocate_shared_memory(gl.float16, [_N, _K], main.layout)
             s_residual = gl.allocate_shared_memory(gl.float16, [_M, _K], residual_main.layout)
             main_ready = gl.allocate_shared_memory(gl.int64, [1], one)
             residual_ready = gl.allocate_shared_memory(gl.int64, [1], one)
-            slots = slots + ((s_main, s_residual, main_ready, residual_ready),)
+            slot = s_main, s_residual, main_ready, residual_ready
+            slots = slots + (slot,)  # noqa: RUF005 - Gluon knows no stars
         s_high = gl.allocate_shared_memory(gl.float16, [_N, _R], halves.layout)
         s_low = gl.allocate_shared_memory(gl.float16, [_N, _R], halves.layout)
         head = gl.allocate_shared_memory(gl.int64, [1], one)
@@ -196,30 +226,30 @@ def _update_hopper_broad_kernel(
             _fetch_block(stage, o_partner, o_residual, main, residual_main, slots[stage], True)
 
         # The rows' operands: sigma m in two halves, and w.
-        FIELDS: gl.constexpr = 4 if SECOND else 2
-        centre_ptr += FIELDS * first
+        centre_ptr += 4 * first
+        direction_ptr += first * _R
         o_row = gl.arange(0, _M, gl.SliceLayout(1, narrow))
-        eps = gl.sqrt(gl.load(centre_ptr + FIELDS * o_row + FIELDS - 1))
+        eps = gl.sqrt(gl.load(centre_ptr + 4 * o_row + 3))
         eps = eps * gl.load(hyper_ptr + EPS).to(gl.float32) * tau
         shrink = shrink_of(eps)
         shrink_sq = shrink * shrink
-        a = gl.load(centre_ptr + FIELDS * o_row) * shrink_sq
+        a = gl.load(centre_ptr + 4 * o_row) * shrink_sq
+        b = gl.load(centre_ptr + 4 * o_row + 1) * shrink_sq
+        c = gl.load(centre_ptr + 4 * o_row + 2) * shrink_sq
+        # Rows beyond the last have no centre.
+        some = ((b != 0.0) | (c != 0.0)) & (start + o_row < rows)
+        second = gl.max(some.to(gl.int32), axis=0) > 0
         floor = (1.0 / gl.load(numbers_ptr + side * NUMBERS + BOUND)).to(gl.float32)
         floor, eps = floor * shrink_sq, eps * shrink
         unbias1 = 1.0 / gl.load(numbers_ptr + side * NUMBERS + BIAS1).to(gl.float32)
         m_ptr = gl.load(row_ptr + EXP_AVG).to(gl.pointer_type(gl.float32)) + start * rank
         o_m = gl.arange(0, _M, gl.SliceLayout(1, by_tile))
         o_r = gl.arange(0, _R, gl.SliceLayout(0, by_tile))
-        scale = gl.sqrt(gl.load(centre_ptr + FIELDS * o_m + FIELDS - 1))[:, None] * unbias1
+        scale = gl.sqrt(gl.load(centre_ptr + 4 * o_m + 3))[:, None] * unbias1
         left = (rows - start).to(gl.int32)
         m_high, m_low, _ = load_half(m_ptr, o_m, left, o_r, rank, scale, 1, gl.float16)
         s_m_high = gl.allocate_shared_memory(gl.float16, [_M, _R], own, m_high)
         s_m_low = gl.allocate_shared_memory(gl.float16, [_M, _R], own, m_low)
-        if SECOND:
-            w = gl.load(direction_ptr + first * _R + (o_m[:, None] * _R + o_r[None, :]))
-            s_w = gl.allocate_shared_memory(gl.float16, [_M, _R], own, w)
-            b = gl.load(centre_ptr + FIELDS * o_row + 1) * shrink_sq
-            c = gl.load(centre_ptr + FIELDS * o_row + 2) * shrink_sq
         # Where D Q is added up over the tiles: there are no registers for it.
         lines: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
         s_sum = gl.allocate_shared_memory(
@@ -229,27 +259,13 @@ def _update_hopper_broad_kernel(
         tl.debug_barrier()
 
         none = gl.zeros([_M, _QUARTER], gl.float32, narrow)
-        dot = gl.zeros([_M, _N], gl.float32, broad)
+        none_broad = gl.zeros([_M, _N], gl.float32, broad)
         for t in range(0, tiles):
             mbarrier.wait(head, t & 1)
             mbarrier.wait(low_head, t & 1)
-            if SECOND:
-                begin = none, none, none, none
-                for quarter in gl.static_range(4):
-                    high_t = s_high.slice(quarter * _QUARTER, _QUARTER).permute((1, 0))
-                    low_t = s_low.slice(quarter * _QUARTER, _QUARTER).permute((1, 0))
-                    w_tile = warpgroup_mma(s_w, low_t, none, use_acc=False, is_async=True)
-                    w_tile = warpgroup_mma(s_w, high_t, w_tile, is_async=True)
-                    m_tile = _first_tile(s_m_high, s_m_low, high_t, low_t, none)
-                    w_tile, m_tile = warpgroup_mma_wait(0, deps=[w_tile, m_tile])
-                    w_tile = w_tile * (c[:, None] * w_tile + b[:, None] * m_tile)
-                    begin = begin[:quarter] + (w_tile,) + begin[quarter + 1 :]
-                dot = _joined(
-                    _joined(begin[0], begin[1], half, _QUARTER),
-                    _joined(begin[2], begin[3], half, _QUARTER),
-                    broad,
-                    _N // 2,
-                )
+            dot = none_broad
+            if second:
+                dot = _second_parts(direction_ptr, s_m_high, s_m_low, s_high, s_low, none, b, c)
             dot = warpgroup_mma_init(dot)
             row = o_partner + t * _N
             for group in range(0, BLOCKS // STAGES):
@@ -265,7 +281,6 @@ def _update_hopper_broad_kernel(
                         residual_main,
                         slots,
                         dot,
-                        True if SECOND else k > 0,
                         stage,
                         BLOCKS,
                         STAGES,
@@ -281,7 +296,6 @@ def _update_hopper_broad_kernel(
                     residual_main,
                     slots,
                     dot,
-                    True,
                     stage,
                     BLOCKS,
                     STAGES,

@@ -3,7 +3,8 @@
 The contraction over r(r+1)/2 packed entries is a GEMM main loop over blocks of 64, which arrive in
 a ring. Up to rank 32 the residual of the rows stays in shared memory and only partners are
 streamed. One product is always in flight while the slot of the one before is filled again; the
-projection ``D Q`` of a tile runs under the first product of the next.
+projection ``D Q`` of a tile runs under m~ and w~ of the next. These come first, because the sum
+over R begins at the second centre's part of v.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from loft_kernels.backends.triton.operands import load_half, scale_of, shrink_of
+from loft_kernels.backends.triton.centre import shrink_of
+from loft_kernels.backends.triton.operands import load_half, scale_of
 from loft_kernels.backends.triton.tables import (
     BIAS1,
     BOUND,
@@ -32,8 +34,8 @@ from loft_kernels.backends.triton.tables import (
     ROWS,
     SKIP,
 )
-from loft_kernels.backends.triton.update import guarded, two_entries
-from loft_kernels.backends.triton.update_hopper import FLUSH, fetch_tile, project_back
+from loft_kernels.backends.triton.update import guarded, second_part, two_entries
+from loft_kernels.backends.triton.update_hopper import fetch_tile, project_back
 
 
 @gluon.jit
@@ -74,6 +76,30 @@ def _fetch_block(
 
 
 @gluon.jit
+def _fetch_halves(
+    t,
+    tiles,
+    o_partner,
+    column,
+    halves,
+    s_high,
+    s_low,
+    high_full,
+    low_full,
+    BLOCK_N: gl.constexpr,
+    R: gl.constexpr,
+):
+    """Start to fetch the halves of Q of tile t: the high ones are read until the tile after."""
+    live = t < tiles
+    row = o_partner + t * BLOCK_N
+    high_ready = high_full.index(t % 2)
+    mbarrier.expect(high_ready, BLOCK_N * R * 2, pred=live)
+    mbarrier.expect(low_full, BLOCK_N * R * 2, pred=live)
+    fetch_tile(halves, [row, column], high_ready, s_high.index(t % 2), pred=live)
+    fetch_tile(halves, [row, column + R], low_full, s_low, pred=live)
+
+
+@gluon.jit
 def _update_hopper_wide_kernel(
     table_ptr,
     tiles_ptr,
@@ -82,6 +108,7 @@ def _update_hopper_wide_kernel(
     numbers_ptr,
     inverse_ptr,
     centre_ptr,
+    direction_ptr,
     main,
     tail,
     halves,
@@ -108,8 +135,6 @@ def _update_hopper_wide_kernel(
         narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, R, 16])
         left_wide: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
         left_narrow: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
-        LANES: gl.constexpr = R // 4
-        by_tile: gl.constexpr = gl.BlockedLayout([1, 4], [32 // LANES, LANES], [WARPS, 1], [1, 0])
         rows = gl.load(row_ptr + ROWS)
         partner_rows = gl.load(table_ptr + (side ^ 1) * COLUMNS + ROWS)
         tau = scale_of(partner_rows, rank)
@@ -121,7 +146,8 @@ def _update_hopper_wide_kernel(
         HELD: gl.constexpr = BLOCKS if RESIDENT else STAGES
         s_main = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, 64], main.layout)
         s_tail = gl.allocate_shared_memory(gl.float16, [BLOCK_N, TAIL], tail.layout)
-        s_halves = gl.allocate_shared_memory(gl.float16, [2, BLOCK_N, R], halves.layout)
+        s_high = gl.allocate_shared_memory(gl.float16, [2, BLOCK_N, R], halves.layout)
+        s_low = gl.allocate_shared_memory(gl.float16, [BLOCK_N, R], halves.layout)
         s_residual = gl.allocate_shared_memory(
             gl.float16, [HELD, BLOCK_M, 64], residual_main.layout
         )
@@ -129,13 +155,22 @@ def _update_hopper_wide_kernel(
         one: gl.constexpr = mbarrier.MBarrierLayout()
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
         residual_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-        head = gl.allocate_shared_memory(gl.int64, [1], one)
+        high_full = gl.allocate_shared_memory(gl.int64, [2, 1], one)
+        low_full = gl.allocate_shared_memory(gl.int64, [1], one)
+        tail_full = gl.allocate_shared_memory(gl.int64, [1], one)
         held = gl.allocate_shared_memory(gl.int64, [1], one)
         for stage in gl.static_range(STAGES):
             mbarrier.init(full.index(stage), count=1)
             mbarrier.init(residual_full.index(stage), count=1)
-        mbarrier.init(head, count=1)
+        for part in gl.static_range(2):
+            mbarrier.init(high_full.index(part), count=1)
+        mbarrier.init(low_full, count=1)
+        mbarrier.init(tail_full, count=1)
         mbarrier.init(held, count=1)
+        o_high: gl.constexpr = 64 * BLOCKS + TAIL
+        _fetch_halves(
+            0, tiles, o_partner, o_high, halves, s_high, s_low, high_full, low_full, BLOCK_N, R
+        )
         mbarrier.expect(held, BLOCK_M * (TAIL + (64 * BLOCKS if RESIDENT else 0)) * 2)
         fetch_tile(residual_tail, [o_residual, 64 * BLOCKS], held, s_rest)
         if RESIDENT:
@@ -160,91 +195,109 @@ def _update_hopper_wide_kernel(
                 RESIDENT,
             )
 
-        # The rows' operands: sigma m in two halves.
-        centre_ptr += 2 * first
+        # The rows' operands: sigma m in two halves, and w.
+        centre_ptr += 4 * first
         o_row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, wide))
-        eps = gl.sqrt(gl.load(centre_ptr + 2 * o_row + 1))
+        eps = gl.sqrt(gl.load(centre_ptr + 4 * o_row + 3))
         eps = eps * gl.load(hyper_ptr + EPS).to(gl.float32) * tau
         shrink = shrink_of(eps)
-        a = gl.load(centre_ptr + 2 * o_row) * shrink * shrink
+        a = gl.load(centre_ptr + 4 * o_row) * shrink * shrink
+        b = gl.load(centre_ptr + 4 * o_row + 1) * shrink * shrink
+        c = gl.load(centre_ptr + 4 * o_row + 2) * shrink * shrink
         floor = (1.0 / gl.load(numbers_ptr + side * NUMBERS + BOUND)).to(gl.float32)
         floor, eps = floor * shrink * shrink, eps * shrink
-        bias1 = gl.load(numbers_ptr + side * NUMBERS + BIAS1).to(gl.float32)
+        unbias1 = 1.0 / gl.load(numbers_ptr + side * NUMBERS + BIAS1).to(gl.float32)
         m_ptr = gl.load(row_ptr + EXP_AVG).to(gl.pointer_type(gl.float32)) + start * rank
-        o_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, by_tile))
-        o_r = gl.arange(0, R, gl.SliceLayout(0, by_tile))
-        scale = gl.sqrt(gl.load(centre_ptr + 2 * o_m + 1))[:, None] / bias1
+        o_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, left_wide))
+        o_r = gl.arange(0, R, gl.SliceLayout(0, left_wide))
+        scale = gl.sqrt(gl.load(centre_ptr + 4 * o_m + 3))[:, None] * unbias1
         left = (rows - start).to(gl.int32)
         m_high, m_low, _ = load_half(m_ptr, o_m, left, o_r, rank, scale, 1, gl.float16)
-        m_high = gl.convert_layout(m_high, left_wide)
-        m_low = gl.convert_layout(m_low, left_wide)
+        w = gl.load(direction_ptr + first * R + (o_m[:, None] * R + o_r[None, :]))
 
         none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, wide)
-        projected = gl.zeros([BLOCK_M, R], gl.float32, narrow)
+        empty = gl.zeros([BLOCK_M, R], gl.float32, narrow)
+        projected = empty
         mbarrier.wait(held, 0)
-        for first_tile in range(0, tiles, FLUSH):
-            acc = warpgroup_mma_init(gl.zeros([BLOCK_M, R], gl.float32, narrow))
-            for t in range(first_tile, gl.minimum(first_tile + FLUSH, tiles)):
-                dot = warpgroup_mma_init(none)
-                for c in range(0, BLOCKS):
-                    n = t * BLOCKS + c
-                    slot = n % STAGES
-                    mbarrier.wait(full.index(slot), (n // STAGES) & 1)
-                    if not RESIDENT:
-                        mbarrier.wait(residual_full.index(slot), (n // STAGES) & 1)
-                    block = s_residual.index(c if RESIDENT else slot)
-                    block_t = s_main.index(slot).permute((1, 0))
-                    dot = warpgroup_mma(block, block_t, dot, use_acc=c > 0, is_async=True)
-                    dot, acc = warpgroup_mma_wait(1, deps=[dot, acc])
-                    dot, acc = warpgroup_mma_init(dot), warpgroup_mma_init(acc)
-                    # What was multiplied before is free in every warp: a slot of the ring, and at
-                    # the first block of a tile the head of the last.
-                    tl.debug_barrier()
-                    _fetch_block(
-                        n + STAGES - 1,
-                        tiles * BLOCKS,
-                        o_partner,
-                        o_residual,
-                        main,
-                        residual_main,
-                        s_main,
-                        s_residual,
-                        full,
-                        residual_full,
-                        BLOCK_M,
-                        BLOCK_N,
-                        BLOCKS,
-                        STAGES,
-                        RESIDENT,
-                    )
-                    if c == 0:
-                        row = o_partner + t * BLOCK_N
-                        mbarrier.expect(head, BLOCK_N * (TAIL + 2 * R) * 2)
-                        fetch_tile(tail, [row, 64 * BLOCKS], head, s_tail)
-                        for part in gl.static_range(2):
-                            fetch_tile(
-                                halves,
-                                [row, 64 * BLOCKS + TAIL + part * R],
-                                head,
-                                s_halves.index(part),
-                            )
-                mbarrier.wait(head, t & 1)
-                q = s_halves.index(0)
-                q_t, low_t = q.permute((1, 0)), s_halves.index(1).permute((1, 0))
-                dot = warpgroup_mma(s_rest, s_tail.permute((1, 0)), dot, is_async=True)
-                m_tile = warpgroup_mma(m_high, q_t, none, use_acc=False, is_async=True)
-                m_tile = warpgroup_mma(m_low, q_t, m_tile, is_async=True)
-                m_tile = warpgroup_mma(m_high, low_t, m_tile, is_async=True)
-                m_tile, dot = warpgroup_mma_wait(0, deps=[m_tile, dot])
-                v = guarded(m_tile, dot, a, floor)
-                d = two_entries(m_tile, v, tl.broadcast_to(eps[:, None], m_tile.shape))
-                acc = warpgroup_mma(gl.convert_layout(d, left_narrow), q, acc, is_async=True)
-            projected += warpgroup_mma_wait(0, deps=[acc])
+        acc = warpgroup_mma_init(empty)
+        for t in range(0, tiles):
+            mbarrier.wait(high_full.index(t % 2), (t // 2) & 1)
+            mbarrier.wait(low_full, t & 1)
+            q = s_high.index(t % 2)
+            q_t, low_t = q.permute((1, 0)), s_low.permute((1, 0))
+            w_tile = warpgroup_mma(w, q_t, none, use_acc=False, is_async=True)
+            w_tile = warpgroup_mma(w, low_t, w_tile, is_async=True)
+            w_tile, acc = warpgroup_mma_wait(0, deps=[w_tile, acc])
+            # Added up apart at once: there are no registers for D Q and both of m~ and w~.
+            projected += acc
+            m_tile = warpgroup_mma(m_high, q_t, none, use_acc=False, is_async=True)
+            m_tile = warpgroup_mma(m_low, q_t, m_tile, is_async=True)
+            m_tile = warpgroup_mma(m_high, low_t, m_tile, is_async=True)
+            m_tile = warpgroup_mma_wait(0, deps=[m_tile])
+            # All products of the tile before are done in every warp, and those with the low
+            # halves of this one: their slots are free.
+            tl.debug_barrier()
+            _fetch_halves(
+                t + 1,
+                tiles,
+                o_partner,
+                o_high,
+                halves,
+                s_high,
+                s_low,
+                high_full,
+                low_full,
+                BLOCK_N,
+                R,
+            )
+            mbarrier.expect(tail_full, BLOCK_N * TAIL * 2)
+            fetch_tile(tail, [o_partner + t * BLOCK_N, 64 * BLOCKS], tail_full, s_tail)
+            dot = warpgroup_mma_init(second_part(m_tile, w_tile, b, c))
+            for k in range(0, BLOCKS):
+                n = t * BLOCKS + k
+                slot = n % STAGES
+                mbarrier.wait(full.index(slot), (n // STAGES) & 1)
+                if not RESIDENT:
+                    mbarrier.wait(residual_full.index(slot), (n // STAGES) & 1)
+                block = s_residual.index(k if RESIDENT else slot)
+                block_t = s_main.index(slot).permute((1, 0))
+                dot = warpgroup_mma(block, block_t, dot, is_async=True)
+                dot = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[dot]))
+                # What was multiplied before is free in every warp: a slot of the ring.
+                tl.debug_barrier()
+                _fetch_block(
+                    n + STAGES - 1,
+                    tiles * BLOCKS,
+                    o_partner,
+                    o_residual,
+                    main,
+                    residual_main,
+                    s_main,
+                    s_residual,
+                    full,
+                    residual_full,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCKS,
+                    STAGES,
+                    RESIDENT,
+                )
+            mbarrier.wait(tail_full, t & 1)
+            dot = warpgroup_mma(s_rest, s_tail.permute((1, 0)), dot, is_async=True)
+            dot = warpgroup_mma_wait(0, deps=[dot])
+            v = guarded(m_tile, dot, a, floor)
+            d = two_entries(m_tile, v, tl.broadcast_to(eps[:, None], m_tile.shape))
+            d = gl.convert_layout(d, left_narrow)
+            acc = warpgroup_mma(d, q, empty, use_acc=False, is_async=True)
+        projected += warpgroup_mma_wait(0, deps=[acc])
         projected *= gl.convert_layout(shrink, gl.SliceLayout(1, narrow))[:, None]
         for stage in gl.static_range(STAGES):
             mbarrier.invalidate(full.index(stage))
             mbarrier.invalidate(residual_full.index(stage))
-        mbarrier.invalidate(head)
+        for part in gl.static_range(2):
+            mbarrier.invalidate(high_full.index(part))
+        mbarrier.invalidate(low_full)
+        mbarrier.invalidate(tail_full)
         mbarrier.invalidate(held)
         project_back(
             row_ptr,

@@ -1,0 +1,75 @@
+"""Histories that leave P close to rank two, where one centre leaves a large R to fp16.
+
+One teacher-forced step against fp64, as ``python -m bench accuracy`` takes it, on small shapes. A
+projection onto 192 partner rows averages less away than one onto a real layer's thousands.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import loft_kernels as lk
+
+pytest.importorskip("triton", reason="the Triton backend is optional")
+from test_triton import DEVICE, kernel_step
+
+from bench import accuracy, histories
+from loft_kernels.backends.triton.step import LaunchPlan
+
+ROWS, PARTNER_ROWS = 40, 192
+LIMIT = 6e-4
+
+
+def _dwindling_turn(t, last):
+    """Take another direction, a tenth as long, 30 steps before the last."""
+    turned = t > last - 30
+    return torch.where(turned, 0.0, 1.0), torch.where(turned, 0.1, 0.0)
+
+
+def _every_step(t, last):
+    """Take turns every step, so that m is close to an eigenvector of P."""
+    return (t % 2 == 0).to(t.dtype), (t % 2 == 1).to(t.dtype)
+
+
+@pytest.fixture
+def take_step(monkeypatch):
+    """Return ``accuracy.take_step`` for the kernels: on a GPU, or interpreted."""
+
+    def interpreted(opt):
+        kernel_step(opt, LaunchPlan(torch.device(DEVICE)))
+
+    def take(start, precision):
+        if DEVICE == "cuda":
+            return accuracy.take_step(start, "triton", precision)
+        with monkeypatch.context() as patched:
+            patched.setattr(lk.LoFTAdamW, "step", interpreted)
+            return accuracy.take_step(start, "auto", precision)
+
+    return take
+
+
+def draw(kind, noise, steps, rank, phase="B"):
+    """Draw one pair in mid-training whose moving factor has few rows."""
+    m, n = (ROWS, PARTNER_ROWS) if phase == "B" else (PARTNER_ROWS, ROWS)
+    cell = accuracy.Cell(phase, histories.History(kind, noise, steps))
+    rng = torch.Generator(DEVICE).manual_seed(5)
+    pair, states = accuracy.draw_pair(cell, m, n, rank, torch.float32, rng)
+    return accuracy.Start([pair], [states])
+
+
+def error_of(start, end, exact, phase="B"):
+    """Return the relative error of the moving factor's change, seen in W."""
+    actual, truth = (accuracy.change_of(start, e, 0, phase) for e in (end, exact))
+    return accuracy.error_in_w(actual, truth, start.pairs[0].partner(phase))
+
+
+@pytest.mark.parametrize("rank", [10, 16, 32])
+@pytest.mark.parametrize("kind", ["turns", "flip", "dwindling turn", "every step"])
+def test_rank_two_histories(kind, rank, take_step, monkeypatch):
+    monkeypatch.setitem(histories.HISTORIES, "dwindling turn", _dwindling_turn)
+    monkeypatch.setitem(histories.HISTORIES, "every step", _every_step)
+    start = draw(kind, 0.01, 200, rank)
+    exact = accuracy.take_step(start, "reference", "default", exact=True)
+    error = error_of(start, take_step(start, "default"), exact)
+    assert error <= LIMIT, f"error {error:.1e}, limit {LIMIT:.1e}"
