@@ -110,7 +110,7 @@ def compile_rows(capability: int, rank: int) -> None:
         "COLUMNS_P": moments.columns,
         "EXACT": False,
     }
-    options = {"num_warps": moments.warps, "maxnreg": moments.registers}
+    options = {"num_warps": moments.warps}
     if wide:
         options["num_stages"] = 1
     else:

@@ -23,6 +23,7 @@ import loft_kernels as lk
 from loft_kernels import backends
 
 pytest.importorskip("triton", reason="the Triton backend is optional")
+from loft_kernels.backends.triton import configs
 from loft_kernels.backends.triton.launch import Launch, Launcher
 from loft_kernels.backends.triton.step import LaunchPlan, unsupported
 
@@ -74,6 +75,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     spoil: str = ""
     rate: float = 1.0  # so that rounding X - lr * update to fp32 is no error of the update
+    steps: tuple[int, ...] = (0, 1)  # numbers of steps by kernels before the step under test
 
 
 CASES = [
@@ -108,7 +110,21 @@ CASES = [
     Case("missing-pair", spoil="missing-pair"),
     Case("zero-partner", spoil="zero"),
     Case("dependent-columns", spoil="dependent"),
+    # Squares of blocks; the interpreter needs a second and more for each of their factorisations.
+    Case("r65", ((5, 70),), (65,)),
+    Case("dependent-columns-r72", ((4, 80), (6, 3)), (72,), spoil="dependent", steps=(0,)),
+    Case(
+        "fp16-clip-r65",
+        ((5, 9), (9, 5)),
+        (65,),
+        torch.float16,
+        {"max_grad_norm": 0.05},
+        "zero",
+        steps=(0,),
+    ),
+    Case("r256", ((2, 3),), (256,), steps=(0,)),
 ]
+SMALL_R66 = Case("r66", ((3, 4),), (66,), steps=(0,))
 
 
 def build(case: Case, precision: str) -> tuple[nn.ModuleList, lk.LoFTAdamW]:
@@ -259,17 +275,25 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture(autouse=True)
+def _tall_tiles(monkeypatch):
+    """Give wide operands fewer tiles: the interpreter takes as long for 8 rows as for 64."""
+    rows = configs.operand_rows
+    if DEVICE == "cpu":
+        monkeypatch.setattr(configs, "operand_rows", lambda rank: 64 if rank > 64 else rows(rank))
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_step_equals_the_reference_in_both_phases(case):
-    for step in (0, 1):
+    for step in case.steps:
         compare(case, "default", step)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], SMALL_R66], ids=lambda case: case.name)
 def test_ieee_step_is_at_most_twice_as_far_as_the_eager_one(case):
-    for step in (0, 1):
+    for step in case.steps:
         compare(case, "ieee", step)
 
 
@@ -337,6 +361,15 @@ def test_betas_that_let_m_outlive_v_are_left_to_the_reference_path():
         reason = unsupported(pairs[0])
         assert (reason is None) == served, betas
         assert served or "beta1^2 is above beta2" in str(reason)
+
+
+def test_ranks_above_the_largest_are_left_to_the_reference_path():
+    for rank, reason in ((256, None), (257, "rank 257 is above 256")):
+        case = Case("largest", ((3, 5),), (rank,))
+        module, opt = build(case, "default")
+        set_gradients(module, case, 0)
+        pairs, _ = opt._gather(allocate=True)
+        assert unsupported(pairs[0]) == reason
 
 
 @pytest.mark.parametrize(

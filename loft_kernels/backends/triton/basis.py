@@ -142,9 +142,10 @@ def _basis_kernel(
         differs = 0
         for block in range(0, CHUNK, BLOCK_N):
             o_row = start + block + tl.arange(0, BLOCK_N)
-            q_prev = load_rows(basis, rank, 1, o_row, rows, rank, BLOCK_R, tl.float32, col)
             if BLOCK_R == R:
                 y = load_rows(param, param_row, param_col, o_row, rows, rank, R, PARAM_DTYPE)
+            q_prev = load_rows(basis, rank, 1, o_row, rows, rank, BLOCK_R, tl.float32, col)
+            if BLOCK_R == R:
                 q = tl.dot(wide(y, R), tl.trans(inverse), out_dtype=tl.float64)
             else:
                 q = tl.zeros((BLOCK_N, BLOCK_R), tl.float64)
@@ -152,12 +153,12 @@ def _basis_kernel(
                     y = load_rows(
                         param, param_row, param_col, o_row, rows, rank, BLOCK_R, PARAM_DTYPE, k
                     )
-                    inverse = tl.trans(tl.load(block_ptr + k))
-                    q = tl.dot(wide(y, BLOCK_R), inverse, q, out_dtype=tl.float64)
+                    inverse_t = tl.trans(tl.load(block_ptr + k))
+                    q = tl.dot(wide(y, BLOCK_R), inverse_t, q, out_dtype=tl.float64)
             q = q.to(tl.float32)
             differs += tl.sum(tl.sum(tl.where(q != q_prev, 1, 0), axis=1), axis=0)
-            o_col = col + o_r[None, :]
-            q_ptr = basis.to(tl.pointer_type(tl.float32)) + o_row[:, None] * rank + o_col
-            tl.store(q_ptr, q, mask=(o_row[:, None] < rows) & (o_col < rank))
+            mask = (o_row[:, None] < rows) & (col + o_r[None, :] < rank)
+            q_ptr = basis.to(tl.pointer_type(tl.float32))
+            tl.store(q_ptr + o_row[:, None] * rank + col + o_r[None, :], q, mask=mask)
         if differs > 0:
             tl.atomic_or(changed_ptr + factor, 1)

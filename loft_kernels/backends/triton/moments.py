@@ -226,8 +226,8 @@ def _advance_rows(
         packed_change = _packed_change(c_ptr, RANK, R, COLUMNS_P)
     for first in range(start, tl.minimum(start + CHUNK, rows), BLOCK_M):
         live = tl.minimum(rows - first, BLOCK_M).to(tl.int32)
-        m_row = (o_local[:, None] < live) & (o_r[None, :] < RANK)
         if R > 64:
+            m_row = (o_local[:, None] < live) & (o_r[None, :] < RANK)
             g, m = gradient_and_moment(
                 grad,
                 grad_row,
@@ -250,6 +250,7 @@ def _advance_rows(
             # Loaded again for every block: cheaper than the registers that would hold it.
             inverse_t = tl.load(inverse_ptr + o_r[None, :] * R + o_r[:, None]) * coefficient
             g = tl.dot(wide(g, R), inverse_t, out_dtype=tl.float64)
+            m_row = (o_local[:, None] < live) & (o_r[None, :] < RANK)
             m = tl.load(m_ptr + o_m, mask=m_row, other=0.0).to(tl.float64)
             if CARRY:
                 c = tl.load(c_ptr + o_r[:, None] * R + o_r[None, :]).to(tl.float64)

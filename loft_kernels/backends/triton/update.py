@@ -343,18 +343,17 @@ def _update_kernel(
         # In fp64, because L^+ carries the partner's condition.
         o_r = tl.arange(0, R)
         inverse_ptr += (side ^ 1) * R * R
-        live = (o_r < rank)[None, :]
-        projected = tl.where(live, projected * (shrink / tau)[:, None], 0.0)
-        o_row_x = start + o_row
         if R <= 64:
             inverse = tl.load(inverse_ptr + o_r[:, None] * R + o_r[None, :])
-            direction = tl.dot(projected.to(tl.float64), inverse, out_dtype=tl.float64)
+            live = (o_r < rank)[None, :]
+            projected = tl.where(live, projected * (shrink / tau)[:, None], 0.0).to(tl.float64)
+            direction = tl.dot(projected, inverse, out_dtype=tl.float64)
             move_rows(
                 row_ptr,
                 hyper_ptr,
                 side,
                 direction,
-                o_row_x,
+                start + o_row,
                 rows,
                 o_r,
                 rank,
@@ -362,19 +361,20 @@ def _update_kernel(
                 PARAM_DTYPE,
             )
         else:
+            live = (o_r < rank)[None, :]
+            projected = tl.where(live, projected * (shrink / tau)[:, None], 0.0)
             park_ptr = (residual_ptr + first * PRODUCTS).to(tl.pointer_type(tl.float32))
             park(projected, park_ptr, o_row)
             for col in range(0, rank, 32):
                 direction = parked_direction(park_ptr, inverse_ptr, o_row, col, rank, R, 32)
-                o_col = col + tl.arange(0, 32)
                 move_rows(
                     row_ptr,
                     hyper_ptr,
                     side,
                     direction,
-                    o_row_x,
+                    start + o_row,
                     rows,
-                    o_col,
+                    col + tl.arange(0, 32),
                     rank,
                     HAS_MASTER,
                     PARAM_DTYPE,
