@@ -85,6 +85,7 @@ def compile_rows(capability: int, rank: int) -> None:
     tile = configs.row_tile(architecture, rank)
     common |= {"CHUNK": tile.chunk, "BLOCK_N": tile.block}
     common["BLOCK_R"] = min(width, configs.LARGEST_SQUARE)
+    common["BLOCK"] = configs.SOLVE_ENTRIES // width
     wide = width > common["BLOCK_R"]
     row_warps = {"num_warps": tile.warps}
     compile_kernel(_gram_wide_kernel if wide else _gram_kernel, capability, common, row_warps)

@@ -181,6 +181,7 @@ class Bucket:
                 {"num_warps": 4 if self.width <= 32 else 8},
                 {
                     "rank": self.rank,
+                    **({"BLOCK": configs.SOLVE_ENTRIES // self.width} if self.wide else {}),
                     "R": self.width,
                     "ALTERNATE": self.pairs[0].options.alternate,
                 },

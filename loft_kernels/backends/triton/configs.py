@@ -26,6 +26,9 @@ MAX_RANK = 256
 # The largest square that a program of the row-wise kernels holds; wider ones are cut into blocks.
 LARGEST_SQUARE = 64
 
+# Entries of L that `solve` reads at a time where it works in memory.
+SOLVE_ENTRIES = 4096
+
 # The workspace of a side is padded to a multiple of every block_m and block_n of the tables.
 PADDED_ROWS = 128
 

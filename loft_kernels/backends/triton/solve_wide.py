@@ -139,12 +139,11 @@ def _solve_wide_kernel(
     numbers_ptr,
     squares_ptr,
     rank,
+    BLOCK: tl.constexpr,
     R: tl.constexpr,
     ALTERNATE: tl.constexpr,
 ):
-    # Rows of the elimination at a time, and blocks of the products.
-    BLOCK: tl.constexpr = 4096 // R
-    B: tl.constexpr = 32
+    B: tl.constexpr = 32  # rows and columns of a block of the products
     side = tl.program_id(0).to(tl.int64)
     other = side ^ 1
     row_ptr = table_ptr + side * COLUMNS
