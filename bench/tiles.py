@@ -73,11 +73,11 @@ def cases_of(stages: Sequence[str], ranks: Sequence[int]) -> list[Case]:
     """List the entries that serve some ranks on this GPU."""
     found: dict[tuple[str, str, int], list[int]] = {}
     for stage in stages:
-        own = stage == "update" and capability() == configs.HOPPER
-        table = "hopper" if own else stage
         for rank in ranks:
+            own = stage == "update" and capability() == configs.HOPPER
             if own and configs.broad(rank):
                 continue  # One tile fits the kernel of these ranks.
+            table = "hopper" if own and rank <= configs.LARGEST_SQUARE else stage
             found.setdefault((stage, table, configs.entry_rank(table, rank)), []).append(rank)
     return [Case(*key, tuple(served)) for key, served in found.items()]
 

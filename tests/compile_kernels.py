@@ -19,11 +19,13 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from loft_kernels.backends.triton import configs
 from loft_kernels.backends.triton.basis import _basis_kernel
 from loft_kernels.backends.triton.gram import _gram_kernel
+from loft_kernels.backends.triton.gram_wide import _gram_wide_kernel
 from loft_kernels.backends.triton.moments import _moments_kernel
 from loft_kernels.backends.triton.moments_hopper import REGISTERS, _moments_hopper_kernel
 from loft_kernels.backends.triton.operands import _operands_kernel
 from loft_kernels.backends.triton.packing import packing
 from loft_kernels.backends.triton.solve import _solve_kernel
+from loft_kernels.backends.triton.solve_wide import _solve_wide_kernel
 from loft_kernels.backends.triton.update import _update_kernel
 from loft_kernels.backends.triton.update_hopper import _update_hopper_kernel
 from loft_kernels.backends.triton.update_hopper_broad import DEPTH, _update_hopper_broad_kernel
@@ -40,6 +42,7 @@ POINTERS = {
     "partner_ptr": "*fp16",
     "direction_ptr": "*fp16",
     "residual_ptr": "*fp16",
+    "scratch_ptr": "*fp32",
     "rank": "i32",
     "all_sides": "i32",
 }
@@ -84,9 +87,13 @@ def compile_rows(capability: int, rank: int) -> None:
     common |= {"SIDES": 512, "COUNT_SKIPS": True, "ALTERNATE": True}
     tile = configs.row_tile(architecture, rank)
     common |= {"CHUNK": tile.chunk, "BLOCK_N": tile.block}
+    common["BLOCK_R"] = min(width, configs.LARGEST_SQUARE)
+    common["BLOCK"] = configs.SOLVE_ENTRIES // width
+    wide = width > common["BLOCK_R"]
     row_warps = {"num_warps": tile.warps}
-    compile_kernel(_gram_kernel, capability, common, row_warps)
-    compile_kernel(_solve_kernel, capability, common, {"num_warps": 4 if width <= 32 else 8})
+    compile_kernel(_gram_wide_kernel if wide else _gram_kernel, capability, common, row_warps)
+    solve = _solve_wide_kernel if wide else _solve_kernel
+    compile_kernel(solve, capability, common, {"num_warps": 4 if width <= 32 else 8})
     compile_kernel(_basis_kernel, capability, common, row_warps)
     operands = {
         "BLOCK": configs.operand_rows(rank),
@@ -110,10 +117,15 @@ def compile_rows(capability: int, rank: int) -> None:
         "IDLE_ONLY": False,
         "EXACT": False,
     }
-    compile_kernel(_moments_kernel, capability, rows, {"num_warps": moments.warps})
     if capability == 90 and configs.broad(rank):
         options = {"num_warps": 4, "maxnreg": REGISTERS}
         compile_kernel(_moments_hopper_kernel, capability, rows, options)
+    options = {"num_warps": moments.warps}
+    if wide:
+        options["num_stages"] = 1
+    else:
+        rows["scratch_ptr"] = None
+    compile_kernel(_moments_kernel, capability, rows, options)
 
 
 def compile_hot_loop(capability: int, rank: int, gluon: bool) -> None:
@@ -136,6 +148,7 @@ def compile_hot_loop(capability: int, rank: int, gluon: bool) -> None:
         "PARAM_DTYPE": tl.float32,
         "EXACT": False,
         "ASM": True,
+        **({"residual_ptr": None} if rank <= configs.LARGEST_SQUARE else {}),
         **{name: described(tile.block_n, width, gluon) for name, width in widths.items()},
         **{
             f"residual_{name}": described(tile.block_m, widths[name], gluon)
@@ -161,7 +174,7 @@ def main(capability: int, rank: int) -> None:
     """Compile all kernels as the plan would launch them."""
     compile_rows(capability, rank)
     compile_hot_loop(capability, rank, gluon=False)
-    if capability == 90:
+    if capability == 90 and rank <= configs.LARGEST_SQUARE:
         compile_hot_loop(capability, rank, gluon=True)
 
 

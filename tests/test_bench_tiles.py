@@ -158,13 +158,14 @@ def test_a_new_architecture_is_entered_and_nonsense_is_not(table):
 @pytest.mark.parametrize("capability", [HOPPER, (8, 0)], ids=["9.0", "8.0"])
 def test_candidates_are_valid_neighbours(monkeypatch, capability):
     monkeypatch.setattr(tiles, "capability", lambda: capability)
-    cases = tiles.cases_of(list(tiles.KERNELS), [1, 4, 8, 16, 32, 64])
+    cases = tiles.cases_of(list(tiles.KERNELS), [1, 4, 8, 16, 32, 64, 128])
     hot = "hopper" if capability == HOPPER else "update"
-    assert {case.table for case in cases if case.stage == "update"} == {hot}
+    tables = {max(c.ranks): c.table for c in cases if c.stage == "update"}
+    assert tables.pop(128) == "update"
+    assert set(tables.values()) == {hot}
     # One tile fits the kernel of 9.0 and ranks 33 to 64.
-    swept = {rank for case in cases if case.stage == "update" for rank in case.ranks}
-    assert (64 in swept) == (capability != HOPPER)
-    assert [c.ranks for c in cases if c.table == "rows"] == [(1, 4, 8, 16), (32,), (64,)]
+    assert (64 in tables) == (capability != HOPPER)
+    assert [c.ranks for c in cases if c.table == "rows"] == [(1, 4, 8, 16), (32,), (64,), (128,)]
     for case in cases:
         found = tiles.candidates(case)
         assert found[0] == configs.entry(capability, case.table, case.width)
@@ -286,7 +287,7 @@ def test_what_is_tried_out_is_what_was_asked_for(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--ranks", "65"], "--ranks: the tables serve 1 to 64"),
+        (["--ranks", "257"], "--ranks: the tables serve 1 to 256"),
         (["--stages", "solve"], "--stages: solve unknown"),
         (["--steps", "3"], "--steps"),
     ],

@@ -19,22 +19,26 @@ from loft_kernels.backends.triton.configs import MomentTile, RowTile, UpdateTile
 ROOT = Path(__file__).parents[1]
 
 # By largest rank served. Every GPU takes the same tiles of rows and moments.
-ROWS = {16: RowTile(512, 16, 1), 64: RowTile(256, 32, 4)}
+ROWS = {16: RowTile(512, 16, 1), 64: RowTile(256, 32, 4), 256: RowTile(512, 32, 4)}
 MOMENTS = {
     4: MomentTile(512, 64, 64, 64, 16, 4, 128),
     8: MomentTile(512, 64, 16, 32, 64, 2, None),
     16: MomentTile(128, 32, 8, 32, 128, 4, 128),
     32: MomentTile(64, 32, 2, 16, 128, 2, None),
     64: MomentTile(16, 16, 1, 16, 256, 4, None),
+    128: MomentTile(64, 16, 1, 16, 256, 4, None),
+    256: MomentTile(64, 16, 1, 16, 256, 8, None),
 }
 UPDATE = {
     (9, 0): {
         16: UpdateTile(64, 64, 4, 3, None),
         32: UpdateTile(64, 128, 4, 4, None),
         64: UpdateTile(128, 128, 8, 4, None),
+        128: UpdateTile(128, 128, 8, 3, None),
+        256: UpdateTile(64, 128, 8, 3, None),
     }
 }
-SAFE = {64: UpdateTile(64, 64, 4, 2, None)}
+SAFE = {64: UpdateTile(64, 64, 4, 2, None), 256: UpdateTile(64, 64, 8, 2, None)}
 HOPPER = {
     4: UpdateTile(64, 64, 4, 4, 128),
     8: UpdateTile(64, 64, 4, 4, 168),
@@ -48,7 +52,7 @@ def serving(table: dict, rank: int):
     return table[min(limit for limit in table if limit >= rank)]
 
 
-@pytest.mark.parametrize("rank", range(1, 65))
+@pytest.mark.parametrize("rank", [*range(1, 65), 65, 128, 129, 256])
 @pytest.mark.parametrize(
     "capability",
     [(0, 0), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)],
@@ -75,11 +79,13 @@ def test_entries_serve_the_ranks_that_find_them():
     for table, (_, widths) in configs.TABLES.items():
         served = {r: w for w in widths for r in configs.served_ranks(table, w)}
         assert served == {r: configs.entry_rank(table, r) for r in range(1, widths[-1] + 1)}
+        assert widths[-1] == (32 if table == "hopper" else configs.MAX_RANK)
 
 
 def test_measured_entries_say_on_what():
     document = json.loads(configs.PATH.read_text())
-    entries = [e for table in document["9.0"].values() for e in table.values()]
+    # Above rank 64 nothing has been swept yet.
+    entries = [e for t in document["9.0"].values() for w, e in t.items() if int(w) <= 64]
     assert len(entries) == 16
     assert all({"gpu", "torch", "triton"} <= entry["measured"].keys() for entry in entries)
 
@@ -126,7 +132,11 @@ BROKEN = {
     "unknown part": (("9.0", "rows", "16", "tiles"), {}, "9.0: rows: 16: an entry is"),
     "no tile": (("9.0", "rows", "16"), {"measured": {}}, "9.0: rows: 16: an entry is"),
     "no object": (("9.0", "rows", "16"), [512, 16, 1], "9.0: rows: 16 is no JSON object"),
-    "rank": (("9.0", "rows", "24"), {}, r"9.0: rows: 24: the padded ranks .*\(16, 32, 64\)"),
+    "rank": (
+        ("9.0", "rows", "24"),
+        {},
+        r"9.0: rows: 24: the padded ranks .*\(16, 32, 64, 128, 256\)",
+    ),
     "table": (("9.0", "row"), {}, "9.0: row is no table"),
     "hopper elsewhere": (("8.0",), {"hopper": {}}, "8.0: hopper is no table"),
     "capability": (("9",), {}, "9 is neither 'default' nor a compute capability"),

@@ -2,8 +2,9 @@
 
 Every program takes the same decision from the norms of all sides (is everything finite, what is
 the clip coefficient?), which costs a few hundred loads and spares a launch. One program per chunk
-of rows replaces the stored basis by the new one and marks where a single bit differs: only then
-do the moments have to be carried over. The first chunk of each side also advances its counters.
+of rows (above rank 64 also for BLOCK_R columns) replaces the stored basis by the new one and marks
+where a single bit differs: only then do the moments have to be carried over. The first chunk of
+each side also advances its counters.
 """
 
 from __future__ import annotations
@@ -100,16 +101,19 @@ def _basis_kernel(
     rank,
     CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     R: tl.constexpr,
     SIDES: tl.constexpr,
     COUNT_SKIPS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
 ):
-    i_tile = tl.program_id(0).to(tl.int64)
+    i_tile, col = tl.program_id(0).to(tl.int64), 0
+    if BLOCK_R < R:
+        i_tile, col = i_tile // (R // BLOCK_R), i_tile % (R // BLOCK_R) * BLOCK_R
     side = tl.load(tiles_ptr + 2 * i_tile).to(tl.int64)
     start = tl.load(tiles_ptr + 2 * i_tile + 1).to(tl.int64)
     skip, coefficient, norm = _decide(all_numbers_ptr, all_sides, hyper_ptr, outside_ptr, SIDES)
-    if i_tile == 0:
+    if (i_tile == 0) & (col == 0):
         tl.store(decision_ptr + SKIP, skip)
         tl.store(decision_ptr + COEFFICIENT, coefficient)
         tl.store(decision_ptr + NORM, norm)
@@ -121,7 +125,7 @@ def _basis_kernel(
     factor_ptr = table_ptr + factor * COLUMNS
     row_ptr = table_ptr + side * COLUMNS
     if (skip == 0) & (tl.load(factor_ptr + GRAD) != 0):
-        if start == 0:
+        if (start == 0) & (col == 0):
             _advance_counters(factor_ptr, numbers_ptr, factor, hyper_ptr)
         rows = tl.load(row_ptr + ROWS)
         param = tl.load(row_ptr + PARAM)
@@ -130,17 +134,31 @@ def _basis_kernel(
             tl.load(row_ptr + PARAM_STRIDE_COL),
         )
         basis = tl.load(factor_ptr + PARTNER_BASIS)
-        o_r = tl.arange(0, R)
-        inverse = tl.load(inverse_ptr + side * R * R + o_r[:, None] * R + o_r[None, :])
+        o_r = tl.arange(0, BLOCK_R)
+        # Rows of L^-1 are columns of L^-T.
+        block_ptr = inverse_ptr + side * R * R + (col + o_r[:, None]) * R + o_r[None, :]
+        if BLOCK_R == R:
+            inverse = tl.load(block_ptr)
         differs = 0
         for block in range(0, CHUNK, BLOCK_N):
             o_row = start + block + tl.arange(0, BLOCK_N)
-            y = load_rows(param, param_row, param_col, o_row, rows, rank, R, PARAM_DTYPE)
-            q_prev = load_rows(basis, rank, 1, o_row, rows, rank, R, tl.float32)
-            q = tl.dot(wide(y, R), tl.trans(inverse), out_dtype=tl.float64).to(tl.float32)
+            if BLOCK_R == R:
+                y = load_rows(param, param_row, param_col, o_row, rows, rank, R, PARAM_DTYPE)
+            q_prev = load_rows(basis, rank, 1, o_row, rows, rank, BLOCK_R, tl.float32, col)
+            if BLOCK_R == R:
+                q = tl.dot(wide(y, R), tl.trans(inverse), out_dtype=tl.float64)
+            else:
+                q = tl.zeros((BLOCK_N, BLOCK_R), tl.float64)
+                for k in range(0, R, BLOCK_R):
+                    y = load_rows(
+                        param, param_row, param_col, o_row, rows, rank, BLOCK_R, PARAM_DTYPE, k
+                    )
+                    inverse_t = tl.trans(tl.load(block_ptr + k))
+                    q = tl.dot(wide(y, BLOCK_R), inverse_t, q, out_dtype=tl.float64)
+            q = q.to(tl.float32)
             differs += tl.sum(tl.sum(tl.where(q != q_prev, 1, 0), axis=1), axis=0)
-            mask = (o_row[:, None] < rows) & (o_r[None, :] < rank)
+            mask = (o_row[:, None] < rows) & (col + o_r[None, :] < rank)
             q_ptr = basis.to(tl.pointer_type(tl.float32))
-            tl.store(q_ptr + o_row[:, None] * rank + o_r[None, :], q, mask=mask)
+            tl.store(q_ptr + o_row[:, None] * rank + col + o_r[None, :], q, mask=mask)
         if differs > 0:
             tl.atomic_or(changed_ptr + factor, 1)

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from loft_kernels.backends.triton import configs, tables
 from loft_kernels.backends.triton.basis import _basis_kernel
 from loft_kernels.backends.triton.gram import _gram_kernel
+from loft_kernels.backends.triton.gram_wide import _gram_wide_kernel
 from loft_kernels.backends.triton.launch import Launch, Launcher, Tiles
 from loft_kernels.backends.triton.layout import Part
 from loft_kernels.backends.triton.moments import _moments_kernel
@@ -28,6 +29,7 @@ from loft_kernels.backends.triton.moments_hopper import (
 from loft_kernels.backends.triton.operands import _operands_kernel
 from loft_kernels.backends.triton.packing import packing, pair_table
 from loft_kernels.backends.triton.solve import _solve_kernel
+from loft_kernels.backends.triton.solve_wide import SQUARES, _solve_wide_kernel
 from loft_kernels.backends.triton.update import _update_kernel
 from loft_kernels.backends.triton.update_hopper import _update_hopper_kernel, hopper_descriptor
 from loft_kernels.backends.triton.update_hopper_broad import (
@@ -73,12 +75,16 @@ class Bucket:
         self.rank, self.param_dtype, self.grad_dtype = key[:3]
         self._plan, self._places = plan, sides
         self.cuda = plan.device.type == "cuda"
-        self.hopper = plan.capability[0] == 9 and not exact
         self.width = configs.padded_rank(self.rank)
+        # Above, a square is cut into blocks.
+        self.block = min(self.width, configs.LARGEST_SQUARE)
+        self.blocks = self.width // self.block
+        self.wide = self.blocks > 1
+        self.hopper = plan.capability[0] == 9 and not exact and not self.wide
         self.packing = packing(self.rank)
         self.pair_table = plan.constant(("pairs", self.rank), partial(pair_table, self.rank))
         if exact:
-            tile = configs.EXACT_TILE
+            tile = configs.exact_tile(self.rank)
         elif self.hopper:
             tile = configs.hopper_tile(self.rank)
         else:
@@ -150,14 +156,15 @@ class Bucket:
             "gram",
             {"table_ptr": self.table, "partial_ptr": partial_sums},
             lambda: Launch(
-                _gram_kernel,
-                len(tiles),
+                _gram_wide_kernel if self.wide else _gram_kernel,
+                len(tiles) * (3 * self.blocks**2 if self.wide else 1),
                 {"num_warps": tile.warps},
                 {
                     "tiles_ptr": tiles,
                     "rank": self.rank,
                     "CHUNK": tile.chunk,
                     "BLOCK_N": tile.block,
+                    **({"BLOCK_R": self.block} if self.wide else {}),
                     "R": self.width,
                     "PARAM_DTYPE": DTYPES[self.param_dtype],
                     "GRAD_DTYPE": DTYPES[self.grad_dtype],
@@ -194,15 +201,19 @@ class Bucket:
             "changed_ptr": self.changed,
             "numbers_ptr": self.numbers,
         }
+        if self.wide:
+            shape = (self.sides, SQUARES.value, self.width, self.width)
+            launched["squares_ptr"] = empty(shape, dtype=torch.float64)
         self._launch(
             "solve",
             launched,
             lambda: Launch(
-                _solve_kernel,
+                _solve_wide_kernel if self.wide else _solve_kernel,
                 self.sides,
                 {"num_warps": 4 if self.width <= 32 else 8},
                 {
                     "rank": self.rank,
+                    **({"BLOCK": configs.SOLVE_ENTRIES // self.width} if self.wide else {}),
                     "R": self.width,
                     "ALTERNATE": self.alternate,
                 },
@@ -236,7 +247,7 @@ class Bucket:
             moving,
             lambda: Launch(
                 _basis_kernel,
-                len(self.layout.row_tiles),
+                len(self.layout.row_tiles) * self.blocks,
                 {"num_warps": tile.warps},
                 {
                     "tiles_ptr": self.layout.row_tiles,
@@ -244,6 +255,7 @@ class Bucket:
                     "rank": self.rank,
                     "CHUNK": tile.chunk,
                     "BLOCK_N": tile.block,
+                    "BLOCK_R": self.block,
                     "R": self.width,
                     "SIDES": triton.next_power_of_2(len(all_numbers)),
                     "COUNT_SKIPS": count_skips,
@@ -254,6 +266,12 @@ class Bucket:
 
     def write(self, decision: Tensor) -> None:
         """Advance the moments and move the factors."""
+        self._advance(decision)
+        for index, part in enumerate(self.layout.parts):
+            self._move(index, part, decision)
+
+    def _advance(self, decision: Tensor) -> None:
+        """Advance the moments."""
         moving = {
             "table_ptr": self.table,
             "hyper_ptr": self.hyper,
@@ -263,18 +281,23 @@ class Bucket:
             "change_ptr": self.change,
             "changed_ptr": self.changed,
         }
+        if self.wide:
+            shape = (len(self.layout.moment_tiles), self.width, self.width)
+            moving["scratch_ptr"] = torch.empty(shape, dtype=torch.float32, device=self.device)
         self._launch("moments", moving, self._moments)
-        for index, part in enumerate(self.layout.parts):
-            self._move(index, part, decision)
 
     def _moments(self) -> Launch:
         """Describe the launch that advances the moments."""
         tile = configs.moment_tile(self._plan.capability, self.rank)
+        options = self._options(tile.warps, tile.registers)
+        if self.wide:
+            options["num_stages"] = 1  # copies ahead would take twice the shared memory
         return Launch(
             _moments_kernel,
             len(self.layout.moment_tiles),
-            self._options(tile.warps, tile.registers),
+            options,
             {
+                **({} if self.wide else {"scratch_ptr": None}),
                 "tiles_ptr": self.layout.moment_tiles,
                 "RANK": self.rank,
                 "R": self.width,
@@ -334,6 +357,8 @@ class Bucket:
         common |= {k: describe(partner, (tile.block_n, v)) for k, v in widths.items()}
         if not (self.hopper and configs.resident(self.rank)):
             common |= {"centre_ptr": centre, "direction_ptr": direction}
+            if self.wide:
+                common["residual_ptr"] = residual
         if self.broad:
             common |= {
                 "main": describe(partner, (tile.block_n, DEPTH)),
@@ -424,6 +449,7 @@ class Bucket:
                 "RESIDENT": resident,
                 "EXACT": self.exact,
                 "ASM": self.cuda,
+                **({} if self.wide else {"residual_ptr": None}),
             }
         return Launch(kernel, len(part.update_tiles), options, fixed)
 

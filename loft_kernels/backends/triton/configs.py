@@ -20,8 +20,14 @@ import torch
 
 from loft_kernels.backends.triton.packing import packing
 
-# The largest rank that has run on a GPU.
-MAX_RANK = 64
+# The largest rank that there are tiles for: a row of P has 32,896 entries there.
+MAX_RANK = 256
+
+# The largest square that a program of the row-wise kernels holds; wider ones are cut into blocks.
+LARGEST_SQUARE = 64
+
+# Entries of L that `solve` reads at a time where it works in memory.
+SOLVE_ENTRIES = 4096
 
 # The workspace of a side is padded to a multiple of every block_m and block_n of the tables.
 PADDED_ROWS = 128
@@ -87,14 +93,15 @@ Tile = RowTile | UpdateTile | MomentTile
 # `update_hopper`, whose registers leave room for four or three programs on a multiprocessor, and
 # of `update_hopper_wide`, one of which fills the shared memory. `update_hopper_broad` has one tile.
 TABLES: dict[str, tuple[type[Tile], tuple[int, ...]]] = {
-    "update": (UpdateTile, (8, 16, 32, 64)),
+    "update": (UpdateTile, (8, 16, 32, 64, 128, 256)),
     "hopper": (UpdateTile, (4, 8, 16, 32)),
-    "rows": (RowTile, (16, 32, 64)),
-    "moments": (MomentTile, (4, 8, 16, 32, 64)),
+    "rows": (RowTile, (16, 32, 64, 128, 256)),
+    "moments": (MomentTile, (4, 8, 16, 32, 64, 128, 256)),
 }
 
 # fp32 operands take twice the shared memory.
 EXACT_TILE = UpdateTile(64, 64, 4, 2)
+EXACT_WIDE_TILE = UpdateTile(64, 32, 8, 1)
 
 # The tile of `update_hopper_broad`: one program fills the registers and the shared memory.
 BROAD_TILE = UpdateTile(128, 256, 8, 4)
@@ -240,6 +247,11 @@ def moment_tile(capability: Capability, rank: int) -> MomentTile:
 def update_tile(capability: Capability, rank: int) -> UpdateTile:
     """Return the tile of the portable hot loop."""
     return entry(capability, "update", rank)
+
+
+def exact_tile(rank: int) -> UpdateTile:
+    """Return the tile of the hot loop in fp32."""
+    return EXACT_TILE if rank <= LARGEST_SQUARE else EXACT_WIDE_TILE
 
 
 def hopper_tile(rank: int) -> UpdateTile:

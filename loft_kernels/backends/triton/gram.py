@@ -34,9 +34,10 @@ def load_rows(
     rank,
     R: tl.constexpr,
     DTYPE: tl.constexpr,
+    first_col=0,
 ):
     """Load a ``rows x R`` tile of a strided matrix, zero outside; an address of 0 is all zero."""
-    o_col = tl.arange(0, R)
+    o_col = first_col + tl.arange(0, R)
     x_ptr = address.to(tl.pointer_type(DTYPE))
     rows = tl.where(address != 0, rows, 0)
     mask = (o_row[:, None] < rows) & (o_col[None, :] < rank)

@@ -11,7 +11,8 @@ sides. g is needed there row by row and tiles cannot be indexed: it is parked in
 whose new values wait in registers.
 
 Unfolded, a product is three fp16 products of high and low halves (22 bits), each row of P scaled
-by a power of two; packed rows take tf32x3, and EXACT plain fp32.
+by a power of two; packed rows take tf32x3, and EXACT plain fp32. Above rank 64 squares are products
+of blocks, see ``moments_wide``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import triton
 import triton.language as tl
 
 from loft_kernels.backends.triton.gram import load_rows, wide
+from loft_kernels.backends.triton.moments_wide import carried_wide_rows, gradient_and_moment
+from loft_kernels.backends.triton.products import C_SCALE, UNSCALE, dot, powers
 from loft_kernels.backends.triton.tables import (
     BETA1,
     BETA2,
@@ -38,10 +41,6 @@ from loft_kernels.backends.triton.tables import (
     SKIP,
 )
 
-# C is multiplied by this before it is halved: its smallest entries keep 2^-29.
-_C_SCALE = tl.constexpr(16.0)
-_UNSCALE = tl.constexpr(1.0 / 256.0)
-
 
 @triton.jit
 def _unpacked_index(k, RANK: tl.constexpr, K: tl.constexpr):
@@ -56,35 +55,6 @@ def _unpacked_index(k, RANK: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def _halves(x):
-    """Split fp32 numbers into fp16 high and low halves."""
-    high = x.to(tl.float16)
-    return high, (x - high.to(tl.float32)).to(tl.float16)
-
-
-@triton.jit
-def _dot(a, b, EXACT: tl.constexpr):
-    """Multiply fp32 matrices: exactly, or three products of halves, the small ones first."""
-    if EXACT:
-        acc = tl.dot(a, b, input_precision="ieee")
-    else:
-        a_high, a_low = _halves(a)
-        b_high, b_low = _halves(b)
-        acc = tl.dot(a_low, b_high)
-        acc = tl.dot(a_high, b_low, acc)
-        acc = tl.dot(a_high, b_high, acc)
-    return acc
-
-
-@triton.jit
-def _powers(top):
-    """Return a power of two that brings top to 8..16, and its inverse."""
-    exponent = tl.maximum(top.to(tl.int32, bitcast=True) >> 23, 16)
-    up, down = (257 - exponent) << 23, (exponent - 3) << 23
-    return up.to(tl.float32, bitcast=True), down.to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _carry(t, c, c_t, GROUP: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr):
     """Form C^T P C from the upper triangles t of P, up to a factor per row: both are returned."""
     o_r = tl.arange(0, R)
@@ -92,20 +62,20 @@ def _carry(t, c, c_t, GROUP: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr)
     if EXACT:
         down = tl.full((GROUP,), 1.0, tl.float32)
     else:
-        up, down = _powers(tl.max(tl.max(tl.abs(t), axis=1), axis=1))
-        p, down = p * up[:, None, None], down * _UNSCALE
+        up, down = powers(tl.max(tl.max(tl.abs(t), axis=1), axis=1))
+        p, down = p * up[:, None, None], down * UNSCALE
     if R == 16:
         # P and C^T P C are symmetric: both products are of tall matrices with C.
-        p = _dot(tl.reshape(p, (GROUP * R, R)), c, EXACT)
+        p = dot(tl.reshape(p, (GROUP * R, R)), c, EXACT)
         p = tl.permute(tl.reshape(p, (GROUP, R, R)), (0, 2, 1))
-        p = tl.reshape(_dot(tl.reshape(p, (GROUP * R, R)), c, EXACT), (GROUP, R, R))
+        p = tl.reshape(dot(tl.reshape(p, (GROUP * R, R)), c, EXACT), (GROUP, R, R))
     elif GROUP == 1:
-        p = _dot(_dot(c_t, tl.reshape(p, (R, R)), EXACT), c, EXACT)
+        p = dot(dot(c_t, tl.reshape(p, (R, R)), EXACT), c, EXACT)
         p = tl.reshape(p, (1, R, R))
     else:
         c_t = tl.broadcast_to(c_t[None, :, :], (GROUP, R, R))
         c = tl.broadcast_to(c[None, :, :], (GROUP, R, R))
-        p = _dot(_dot(c_t, p, EXACT), c, EXACT)
+        p = dot(dot(c_t, p, EXACT), c, EXACT)
     return p, down
 
 
@@ -132,7 +102,7 @@ def _carried_rows(
     c = tl.load(c_ptr + o_r[:, None] * R + o_r[None, :])
     c_t = tl.load(c_ptr + o_r[None, :] * R + o_r[:, None])
     if not EXACT:
-        c, c_t = c * _C_SCALE, c_t * _C_SCALE
+        c, c_t = c * C_SCALE, c_t * C_SCALE
     ahead = tl.load(p_ptr + o_p, mask=m_upper & (o_group < rows)[:, None, None], other=0.0)
     for start in range(0, rows, GROUP):
         left = rows - start
@@ -228,6 +198,7 @@ def _advance_rows(
     coefficient,
     inverse_ptr,
     c_ptr,
+    scratch_ptr,
     RANK: tl.constexpr,
     R: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -257,21 +228,43 @@ def _advance_rows(
         packed_change = _packed_change(c_ptr, RANK, R, COLUMNS_P)
     for first in range(start, tl.minimum(start + CHUNK, rows), BLOCK_M):
         live = tl.minimum(rows - first, BLOCK_M).to(tl.int32)
-        g = load_rows(grad, grad_row, grad_col, first + o_local, rows, RANK, R, GRAD_DTYPE)
-        # Loaded again for every block: cheaper than the registers that would hold it.
-        inverse_t = tl.load(inverse_ptr + o_r[None, :] * R + o_r[:, None]) * coefficient
-        g = tl.dot(wide(g, R), inverse_t, out_dtype=tl.float64)
-        m_row = (o_local[:, None] < live) & (o_r[None, :] < RANK)
-        m = tl.load(m_ptr + o_m, mask=m_row, other=0.0).to(tl.float64)
-        if CARRY:
-            c = tl.load(c_ptr + o_r[:, None] * R + o_r[None, :]).to(tl.float64)
-            m = tl.dot(m, c, out_dtype=tl.float64)
+        if R > 64:
+            m_row = (o_local[:, None] < live) & (o_r[None, :] < RANK)
+            g, m = gradient_and_moment(
+                grad,
+                grad_row,
+                grad_col,
+                first,
+                rows,
+                m_ptr,
+                live,
+                inverse_ptr,
+                c_ptr,
+                RANK,
+                R,
+                BLOCK_M,
+                GRAD_DTYPE,
+                CARRY,
+            )
+            g *= coefficient
+        else:
+            g = load_rows(grad, grad_row, grad_col, first + o_local, rows, RANK, R, GRAD_DTYPE)
+            # Loaded again for every block: cheaper than the registers that would hold it.
+            inverse_t = tl.load(inverse_ptr + o_r[None, :] * R + o_r[:, None]) * coefficient
+            g = tl.dot(wide(g, R), inverse_t, out_dtype=tl.float64)
+            m_row = (o_local[:, None] < live) & (o_r[None, :] < RANK)
+            m = tl.load(m_ptr + o_m, mask=m_row, other=0.0).to(tl.float64)
+            if CARRY:
+                c = tl.load(c_ptr + o_r[:, None] * R + o_r[None, :]).to(tl.float64)
+                m = tl.dot(m, c, out_dtype=tl.float64)
         m = (beta1 * m + fresh1 * g).to(tl.float32)
 
         tl.debug_barrier()
         tl.store(m_ptr + o_m, g.to(tl.float32), mask=m_row)
         tl.debug_barrier()
-        if CARRY and RANK > 8:
+        if CARRY and RANK > 64:
+            carried_wide_rows(p_ptr, m_ptr, live, c_ptr, scratch_ptr, beta2, fresh2, RANK, R, EXACT)
+        elif CARRY and RANK > 8:
             _carried_rows(p_ptr, m_ptr, live, c_ptr, beta2, fresh2, RANK, R, GROUP, EXACT)
         else:
             _packed_rows(
@@ -303,6 +296,7 @@ def _moments_kernel(
     inverse_ptr,
     change_ptr,
     changed_ptr,
+    scratch_ptr,
     RANK: tl.constexpr,
     R: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -326,6 +320,8 @@ def _moments_kernel(
         coefficient = tl.load(decision_ptr + COEFFICIENT) * tl.load(hyper_ptr + SIGN) / scaling
         inverse_ptr += (side ^ 1) * R * R
         c_ptr = change_ptr + side * R * R
+        if R > 64:
+            scratch_ptr += i_tile * R * R
         if tl.load(changed_ptr + side) != 0:
             _advance_rows(
                 row_ptr,
@@ -334,6 +330,7 @@ def _moments_kernel(
                 coefficient,
                 inverse_ptr,
                 c_ptr,
+                scratch_ptr,
                 RANK,
                 R,
                 CHUNK,
@@ -352,6 +349,7 @@ def _moments_kernel(
                 coefficient,
                 inverse_ptr,
                 c_ptr,
+                scratch_ptr,
                 RANK,
                 R,
                 CHUNK,

@@ -36,7 +36,7 @@ from loft_kernels.backends.triton.centre import (
     sigma_sq_of,
     trace_limit,
 )
-from loft_kernels.backends.triton.moments import _C_SCALE, _UNSCALE, _powers
+from loft_kernels.backends.triton.moments import C_SCALE, UNSCALE, powers
 from loft_kernels.backends.triton.operands import load_half, scale_of
 from loft_kernels.backends.triton.tables import (
     BETA1,
@@ -144,7 +144,7 @@ def _halves_of(c_ptr, ROWWISE: gl.constexpr):
     """Split C, scaled, into fp16 high and low halves."""
     o_i = gl.arange(0, _R, gl.SliceLayout(1, ROWWISE))
     o_j = gl.arange(0, _R, gl.SliceLayout(0, ROWWISE))
-    c = gl.load(c_ptr + o_i[:, None] * _R + o_j[None, :]) * _C_SCALE
+    c = gl.load(c_ptr + o_i[:, None] * _R + o_j[None, :]) * C_SCALE
     high = c.to(gl.float16)
     return high, (c - high.to(gl.float32)).to(gl.float16)
 
@@ -313,7 +313,7 @@ def _advance_second(
         m_j = gl.load((m_row + v_lane) + v_own, mask=o_v < RANK, other=0.0)
         g_sq, m_sq = gl.load(g_row + _G_SQ), gl.load(g_row + _M_SQ)
         if CARRY:
-            up, down = _powers(top)
+            up, down = powers(top)
             async_copy.wait_group(0)
             tl.debug_barrier()
             t = s_t.load(by_row)
@@ -321,7 +321,7 @@ def _advance_second(
             s_g.store(g_j)
             s_m.store(m_j)
             s_p = gl.allocate_shared_memory(gl.float32, [_R, _R], swizzled, carried)
-            p = s_p.load(by_line) * (beta2 * down * _UNSCALE)
+            p = s_p.load(by_line) * (beta2 * down * UNSCALE)
         else:
             p = beta2 * _load_mirrored(p_row, o_u, o_v, RANK)
             s_g.store(g_j)
@@ -350,7 +350,8 @@ def _advance_second(
         m_sq = m_sq * (root * root)
         mpm, p_sq = gl.sum(p_m * m_j, axis=0), gl.sum(p_sq, axis=0)
         a, r_sq = first_centre(p_sq, mpm, m_sq)
-        asks = gl.sum(trace, axis=0) < trace_limit(p_sq, r_sq, a, m_sq)
+        limit = trace_limit(p_sq, r_sq, a, m_sq)
+        asks = (gl.sum(trace, axis=0) < limit) & (counts > 0.0)
         b, c = a * 0.0, a * 0.0
         w = gl.zeros([_R], gl.float16, gl.SliceLayout(0, by_line))
         if asks:

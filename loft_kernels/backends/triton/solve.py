@@ -53,6 +53,19 @@ def _steps_of(row_ptr):
 
 
 @triton.jit
+def store_numbers(row_ptr, other_ptr, numbers_ptr, other, norm_sq, ALTERNATE: tl.constexpr):
+    """Store the norm of the other side, and whether it moves."""
+    # The phase is the parity of the pair's own count: B (even sides) first, then in turns.
+    own, partner_has = tl.load(other_ptr + GRAD) != 0, tl.load(row_ptr + GRAD) != 0
+    steps = tl.maximum(_steps_of(row_ptr), _steps_of(other_ptr))
+    moves = own
+    if ALTERNATE:
+        moves = own & (((steps + other) % 2 == 0) | (partner_has == 0))
+    tl.store(numbers_ptr + other * NUMBERS + NORM_SQ, norm_sq)
+    tl.store(numbers_ptr + other * NUMBERS + MOVES, moves.to(tl.float64))
+
+
+@triton.jit
 def _solve_kernel(
     table_ptr,
     partial_ptr,
@@ -131,12 +144,4 @@ def _solve_kernel(
     scaling = tl.load(other_ptr + SCALING).to(tl.float64, bitcast=True)
     projected = tl.dot(inverse, grads, out_dtype=tl.float64) * inverse
     norm_sq = tl.sum(tl.sum(projected, axis=0), axis=0) / (scaling * scaling)
-
-    # The phase is the parity of the pair's own count: B (even sides) first, then in turns.
-    own, partner_has = tl.load(other_ptr + GRAD) != 0, tl.load(row_ptr + GRAD) != 0
-    steps = tl.maximum(_steps_of(row_ptr), _steps_of(other_ptr))
-    moves = own
-    if ALTERNATE:
-        moves = own & (((steps + other) % 2 == 0) | (partner_has == 0))
-    tl.store(numbers_ptr + other * NUMBERS + NORM_SQ, norm_sq)
-    tl.store(numbers_ptr + other * NUMBERS + MOVES, moves.to(tl.float64))
+    store_numbers(row_ptr, other_ptr, numbers_ptr, other, norm_sq, ALTERNATE)

@@ -51,6 +51,12 @@ from loft_kernels.backends.triton.tables import (
     SKIP,
     WEIGHT_DECAY,
 )
+from loft_kernels.backends.triton.update_wide import (
+    direction_tile,
+    first_moment_tile,
+    park,
+    parked_direction,
+)
 
 
 @triton.jit
@@ -167,6 +173,7 @@ def _update_kernel(
     pairs_ptr,
     centre_ptr,
     direction_ptr,
+    residual_ptr,
     main,
     tail,
     halves,
@@ -232,19 +239,22 @@ def _update_kernel(
             centre_ptrs = centre_ptr + 4 * (first + o_row)
             a, b, c = tl.load(centre_ptrs), tl.load(centre_ptrs + 1), tl.load(centre_ptrs + 2)
             sigma_sq = tl.load(centre_ptrs + 3)
-            w = tl.load(direction_ptr + (first + o_row)[:, None] * R + tl.arange(0, R)[None, :])
+            w_ptr = direction_ptr + first * R
+            if R <= 64:
+                w = tl.load(w_ptr + o_row[:, None] * R + tl.arange(0, R)[None, :])
             o_residual = first.to(tl.int32)
         sigma = tl.sqrt(sigma_sq)
         shrink = shrink_of(eps * sigma)
         a, b, c = a * shrink * shrink, b * shrink * shrink, c * shrink * shrink
         floor, eps = floor * shrink * shrink, eps * sigma * shrink
-        m_high, m_low, part = load_half(
-            m_ptr, o_row, left, tl.arange(0, R), rank, sigma[:, None] * unbias1, SPLIT, OPERAND
-        )
-        if SPLIT == 3:
-            m_high = tl.where((part == 1)[None, :], m_low, m_high)
-        if SPLIT == 2:
-            m_low = tl.where((part == 0)[None, :], m_low, 0.0)
+        if R <= 64:
+            m_high, m_low, part = load_half(
+                m_ptr, o_row, left, tl.arange(0, R), rank, sigma[:, None] * unbias1, SPLIT, OPERAND
+            )
+            if SPLIT == 3:
+                m_high = tl.where((part == 1)[None, :], m_low, m_high)
+            if SPLIT == 2:
+                m_low = tl.where((part == 0)[None, :], m_low, 0.0)
 
         o_partner = tl.load(row_ptr + PARTNER_ROW).to(tl.int32)
         # Thousands of additions to one accumulator drift: tensor cores truncate what they add, by
@@ -254,14 +264,15 @@ def _update_kernel(
         projected = tl.zeros((BLOCK_M, R), tl.float32)
         rest = tl.zeros((BLOCK_M, R), tl.float32)  # what rounding took from projected
         for j in range(0, partner_rows.to(tl.int32), BLOCK_N):
-            q = halves.load([o_partner + j, PRODUCTS])
-            m_tile = tl.dot(m_high, tl.trans(q), input_precision=PRECISION)
-            if (SPLIT < 3) & (not EXACT):
-                m_tile = tl.dot(m_low, tl.trans(q), m_tile, input_precision=PRECISION)
-            q_low = q
-            if (SPLIT == 1) & (not EXACT):
-                q_low = halves.load([o_partner + j, PRODUCTS + R])
-                m_tile = tl.dot(m_high, tl.trans(q_low), m_tile, input_precision=PRECISION)
+            if R <= 64:
+                q = halves.load([o_partner + j, PRODUCTS])
+                m_tile = tl.dot(m_high, tl.trans(q), input_precision=PRECISION)
+                if (SPLIT < 3) & (not EXACT):
+                    m_tile = tl.dot(m_low, tl.trans(q), m_tile, input_precision=PRECISION)
+                q_low = q
+                if (SPLIT == 1) & (not EXACT):
+                    q_low = halves.load([o_partner + j, PRODUCTS + R])
+                    m_tile = tl.dot(m_high, tl.trans(q_low), m_tile, input_precision=PRECISION)
             if RESIDENT:
                 dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 if SECOND:  # noqa: SIM102  the compiler knows SECOND, not second
@@ -273,7 +284,9 @@ def _update_kernel(
                     product = tail.load([o_partner + j, MAIN])
                     dot = tl.dot(r_tail, tl.trans(product), dot, input_precision=PRECISION)
             else:
-                dot = _first_sum(m_tile, w, q, q_low, b, c, EXACT)
+                dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                if R <= 64:
+                    dot = _first_sum(m_tile, w, q, q_low, b, c, EXACT)
                 for k in range(0, BLOCKS):
                     rows_of = residual_main.load([o_residual, k * MAIN])
                     product = main.load([o_partner + j, k * MAIN])
@@ -282,9 +295,32 @@ def _update_kernel(
                     rows_of = residual_tail.load([o_residual, BLOCKS * MAIN])
                     product = tail.load([o_partner + j, BLOCKS * MAIN])
                     dot = tl.dot(rows_of, tl.trans(product), dot, input_precision=PRECISION)
+            if R > 64:
+                # Last, for the registers: through the products above there is only their sum.
+                m_tile = first_moment_tile(
+                    m_ptr,
+                    main,
+                    o_row,
+                    left,
+                    o_partner + j,
+                    rank,
+                    sigma[:, None] * unbias1,
+                    BLOCK_N,
+                    PRODUCTS,
+                    R,
+                    OPERAND,
+                )
+                w_tile = direction_tile(
+                    w_ptr, main, o_row, o_partner + j, rank, BLOCK_N, PRODUCTS, R, OPERAND
+                )
+                dot += second_part(m_tile, w_tile, b, c)
+                q = halves.load([o_partner + j, PRODUCTS])
             d = _entries(m_tile, dot, a, floor, eps, EXACT, ASM)
-            keep = tl.where((j // BLOCK_N) % FLUSH == 0, 0.0, 1.0)
-            flushed = acc * (1.0 - keep)
+            if R > 64:
+                flushed = tl.dot(d, q, input_precision=PRECISION)
+            else:
+                keep = tl.where((j // BLOCK_N) % FLUSH == 0, 0.0, 1.0)
+                flushed = acc * (1.0 - keep)
             if EXACT:
                 total = projected + flushed
                 added = total - projected
@@ -292,24 +328,46 @@ def _update_kernel(
                 projected = total
             else:
                 projected += flushed
-            acc = tl.dot(d, q, acc * keep, input_precision=PRECISION)
+            if R <= 64:
+                acc = tl.dot(d, q, acc * keep, input_precision=PRECISION)
         projected += acc + rest
 
         # In fp64, because L^+ carries the partner's condition.
         o_r = tl.arange(0, R)
-        inverse = tl.load(inverse_ptr + (side ^ 1) * R * R + o_r[:, None] * R + o_r[None, :])
-        live = (o_r < rank)[None, :]
-        projected = tl.where(live, projected * (shrink / tau)[:, None], 0.0).to(tl.float64)
-        direction = tl.dot(projected, inverse, out_dtype=tl.float64)
-        move_rows(
-            row_ptr,
-            hyper_ptr,
-            side,
-            direction,
-            start + o_row,
-            rows,
-            o_r,
-            rank,
-            HAS_MASTER,
-            PARAM_DTYPE,
-        )
+        inverse_ptr += (side ^ 1) * R * R
+        if R <= 64:
+            inverse = tl.load(inverse_ptr + o_r[:, None] * R + o_r[None, :])
+            live = (o_r < rank)[None, :]
+            projected = tl.where(live, projected * (shrink / tau)[:, None], 0.0).to(tl.float64)
+            direction = tl.dot(projected, inverse, out_dtype=tl.float64)
+            move_rows(
+                row_ptr,
+                hyper_ptr,
+                side,
+                direction,
+                start + o_row,
+                rows,
+                o_r,
+                rank,
+                HAS_MASTER,
+                PARAM_DTYPE,
+            )
+        else:
+            live = (o_r < rank)[None, :]
+            projected = tl.where(live, projected * (shrink / tau)[:, None], 0.0)
+            park_ptr = (residual_ptr + first * PRODUCTS).to(tl.pointer_type(tl.float32))
+            park(projected, park_ptr, o_row)
+            for col in range(0, rank, 32):
+                direction = parked_direction(park_ptr, inverse_ptr, o_row, col, rank, R, 32)
+                move_rows(
+                    row_ptr,
+                    hyper_ptr,
+                    side,
+                    direction,
+                    start + o_row,
+                    rows,
+                    col + tl.arange(0, 32),
+                    rank,
+                    HAS_MASTER,
+                    PARAM_DTYPE,
+                )

@@ -201,14 +201,14 @@ def _update_hopper_broad_kernel(
 
         # Slots are allocations of their own: the compiler separates accesses to one by a barrier.
         one: gl.constexpr = mbarrier.MBarrierLayout()
-        slots: tuple = ()
+        slots = ()
         for _ in gl.static_range(STAGES):
             s_main = gl.allocate_shared_memory(gl.float16, [_N, _K], main.layout)
             s_residual = gl.allocate_shared_memory(gl.float16, [_M, _K], residual_main.layout)
             main_ready = gl.allocate_shared_memory(gl.int64, [1], one)
             residual_ready = gl.allocate_shared_memory(gl.int64, [1], one)
             slot = s_main, s_residual, main_ready, residual_ready
-            slots = slots + (slot,)  # noqa: RUF005 - Gluon knows no stars
+            slots = slots + (slot,)  # type: ignore[assignment] # noqa: RUF005 - no stars in Gluon
         s_high = gl.allocate_shared_memory(gl.float16, [_N, _R], halves.layout)
         s_low = gl.allocate_shared_memory(gl.float16, [_N, _R], halves.layout)
         head = gl.allocate_shared_memory(gl.int64, [1], one)
