@@ -67,6 +67,7 @@ class Gathered:
         """Remember everything that would call for new checks."""
         self.pairs = pairs
         self.backend: tuple[str, str] | None = None
+        self._asked = (optimizer.backend, optimizer.precision)
         self._factors = [f for pair in pairs for f in (pair.b, pair.a)]
         self._params = [f.param for f in self._factors]
         self._states = [optimizer.state.get(p) for p in self._params]
@@ -168,6 +169,8 @@ class Gathered:
         if plan is None:
             return
         plan.forget()
+        if self._asked != (optimizer.backend, optimizer.precision):
+            return
         if self.backend == ("triton", "") and (moving := self.glance()) is not None:
             plan.measure(
                 self.pairs,
@@ -211,6 +214,8 @@ class Gathered:
     def refresh(self, optimizer: LoFTAdamW) -> bool:
         """Take over what moves; False if anything else has changed since the pairs were checked."""
         groups = optimizer.param_groups
+        if self._asked != (optimizer.backend, optimizer.precision):
+            return False
         if not self._confirmed and (self.glance() is None or self.confirm(groups) is None):
             return False
         self._confirmed = False

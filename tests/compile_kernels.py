@@ -143,7 +143,7 @@ def compile_hot_loop(capability: int, rank: int, gluon: bool) -> None:
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "STAGES": tile.stages,
-        "RESIDENT": configs.residual_held(rank) if gluon else resident,
+        "RESIDENT": resident,
         "HAS_MASTER": False,
         "PARAM_DTYPE": tl.float32,
         "EXACT": False,

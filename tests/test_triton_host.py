@@ -53,6 +53,8 @@ def other_data(value: Tensor, data: Tensor) -> None:
 
 
 CHANGES = {
+    "another backend": lambda o, p: setattr(o, "backend", "auto"),
+    "another precision": lambda o, p: setattr(o, "precision", "ieee"),
     "step exchanged by an equal one": lambda o, p: exchanged(o, p, "step"),
     "moment exchanged by an equal one": lambda o, p: exchanged(o, p, "exp_avg"),
     "state entry gone": lambda o, p: o.state[p].pop("guard"),

@@ -437,7 +437,7 @@ class Bucket:
                 fixed["SPLIT"] = columns.split
             else:
                 kernel = _update_hopper_wide_kernel
-                fixed |= {"BLOCKS": columns.blocks, "RESIDENT": configs.residual_held(self.rank)}
+                fixed["BLOCKS"] = columns.blocks
         else:
             kernel = _update_kernel
             options["num_stages"] = tile.stages

@@ -260,7 +260,9 @@ def second_centre(
 
 
 @triton.jit
-def second_entries(m_ptr, p_ptr, pairs_ptr, w, o_row, rows, o_k, rank, m_scale, p_scale, a, b, c):
+def second_entries(
+    m_ptr, p_ptr, pairs_ptr, w_i, w_j, o_row, rows, o_k, rank, m_scale, p_scale, a, b, c
+):
     """Form R of packed entries, counted twice off the diagonal; m and P times a scale per row."""
     packed = (rank * (rank + 1)) // 2
     i, j = pair_of(pairs_ptr, o_k, packed)
@@ -268,8 +270,6 @@ def second_entries(m_ptr, p_ptr, pairs_ptr, w, o_row, rows, o_k, rank, m_scale, 
     p = tl.load(p_ptr + (o_row[:, None] * packed + o_k[None, :]), mask=mask, other=0.0)
     m_i, m_j = pair_entries(m_ptr, o_row, i, j, mask, rank)
     m_i, m_j = m_i * m_scale[:, None], m_j * m_scale[:, None]
-    row = o_row[:, None] * 0
-    w_i, w_j = tl.gather(w, row + i[None, :], 1), tl.gather(w, row + j[None, :], 1)
     a, b, c = a[:, None], b[:, None], c[:, None]
     r = p * p_scale[:, None] - m_i * (a * m_j + b * w_j) - w_i * (b * m_j + c * w_j)
     return tl.where(mask, r, 0.0) * tl.where(i == j, 1.0, 2.0)[None, :]

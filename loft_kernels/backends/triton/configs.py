@@ -267,8 +267,7 @@ def _deepest(tile: UpdateTile, rank: int) -> UpdateTile:
         return tile
     columns = packing(rank)
     rows, partner_rows = tile.block_m, tile.block_n
-    stage = 64 * (partner_rows + (0 if residual_held(rank) else rows))
-    held = 64 * columns.blocks * rows if residual_held(rank) else 0
+    stage, held = 64 * partner_rows, 64 * columns.blocks * rows
     head = partner_rows * (columns.tail + 3 * columns.half)
     fixed = held + head + rows * columns.tail
     left = _HOPPER_SHARED - 2 * fixed
@@ -288,11 +287,6 @@ def narrow_rank(rank: int) -> int:
 def resident(rank: int) -> bool:
     """Tell whether a row's residual stays beside the tiles through the hot loop."""
     return rank <= 16
-
-
-def residual_held(rank: int) -> bool:
-    """Tell whether the residual of a tile of rows fits shared memory (`update_hopper_wide`)."""
-    return rank <= 32
 
 
 def operand_rows(rank: int) -> int:

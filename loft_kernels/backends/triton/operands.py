@@ -3,10 +3,10 @@
 For every partner row j: the products ``(tau Q_j)_i (tau Q_j)_k`` in the order of packed entries,
 and the halves of ``tau Q_j``, in fp16. For every row of the moving factor, above rank 16: the
 centred second moment ``sigma^2 R``, its second direction and its coefficients, see ``centre`` (up
-to rank 16 they stay in the registers of ``update``). P is read three times there, twice from the
-cache. Rows of the triangle are contiguous, so above rank 16 both are written row of the triangle by
-row, without gathers; up to rank 16 the two factors of a product are picked out of a block of rows
-by products with 0 and 1 on the tensor cores.
+to rank 16 they stay in the registers of ``update``). P is read twice there, the second time from
+the cache, and four times where a row asks for a second centre. Rows of the triangle are contiguous,
+so above rank 16 both are written row of the triangle by row, without gathers; up to rank 16 the two
+factors of a product are picked out of a block of rows by products with 0 and 1 on the tensor cores.
 
 tau, a power of two near sqrt(partner rows / r), and sigma put the numbers into fp16's range; D
 does not notice. Off-diagonal entries stand once and count twice, which is put into R. The small
@@ -20,12 +20,14 @@ import triton.language as tl
 
 from loft_kernels.backends.triton.centre import (
     diagonal_of,
+    first_centre,
     from_row,
     pair_of,
     residual_weight,
     second_centre,
     shrink_of,
     sigma_sq_of,
+    trace_limit,
     unit_of,
 )
 from loft_kernels.backends.triton.tables import (
@@ -86,7 +88,7 @@ def _clear_padding(out_ptr, o_row, width, packed, PRODUCTS: tl.constexpr, DTYPE:
 
 
 @triton.jit
-def _select(x, o_pair, live, EXACT: tl.constexpr):
+def select(x, o_pair, live, EXACT: tl.constexpr):
     """Return column o_pair[k] of x in column k, zero where not live: a product with 0 and 1."""
     o_r = tl.arange(0, x.shape[1])
     chosen = (o_r[:, None] == o_pair[None, :]) & live[None, :]
@@ -124,7 +126,7 @@ def _select_products(
     for first in tl.static_range(0, PRODUCTS, 16):
         o_k = first + tl.arange(0, 16)
         i, j = pair_of(pairs_ptr, o_k, packed)
-        products = _select(q, i, o_k < packed, EXACT) * _select(q, j, o_k < packed, EXACT)
+        products = select(q, i, o_k < packed, EXACT) * select(q, j, o_k < packed, EXACT)
         tl.store(out_ptr + (o_row[:, None] * WIDTH + o_k[None, :]), products.to(DTYPE))
 
 
@@ -196,6 +198,72 @@ def _write_partner(
 
 
 @triton.jit
+def _residual_lines(
+    p_ptr,
+    out_ptr,
+    m_ptrs,
+    m,
+    w,
+    m_scale,
+    p_scale,
+    a,
+    b,
+    c,
+    counts,
+    live,
+    o_row,
+    o_j,
+    rank,
+    SECOND: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Write R of a block of rows, row of the triangle by row; m and P times a scale per row."""
+    packed = (rank * (rank + 1)) // 2
+    o_p = o_row[:, None] * packed + o_j[None, :]
+    o_out = o_row[:, None] * PRODUCTS + o_j[None, :]
+    for i in range(0, rank):
+        kept = ((o_j >= i) & (o_j < rank))[None, :]
+        r = tl.load(p_ptr + o_p, mask=live[:, None] & kept, other=0.0) * p_scale[:, None]
+        m_i = tl.load(m_ptrs + i, mask=live, other=0.0) * m_scale
+        own = (o_j == i)[None, :]
+        if SECOND:
+            w_i = tl.sum(tl.where(own, w, 0.0), axis=1)
+            r -= (a * m_i + b * w_i)[:, None] * m + (b * m_i + c * w_i)[:, None] * w
+        else:
+            r -= (a * m_i)[:, None] * m
+        r *= counts[:, None] * tl.where(own, 1.0, 2.0)
+        tl.store(out_ptr + o_out, r.to(DTYPE), mask=kept)
+        o_p += rank - 1 - i
+        o_out += rank - 1 - i
+
+
+@triton.jit
+def _store_centre(centre_ptrs, a, b, c, sigma_sq):
+    """Write the coefficients of some rows; b and c in the units of the hot loop."""
+    tl.store(centre_ptrs, a)
+    tl.store(centre_ptrs + 1, b)
+    tl.store(centre_ptrs + 2, c)
+    tl.store(centre_ptrs + 3, sigma_sq)
+
+
+@triton.jit
+def _first_sums(m_ptrs, m, p_ptr, m_scale, p_scale, live, o_row, o_j, rank):
+    """Return |P|^2 and m P m^T of some rows; m and P times a scale per row."""
+    p_sq, mpm = m * 0.0, m * 0.0
+    o_p = o_row[:, None] * ((rank * (rank + 1)) // 2) + o_j[None, :]
+    for i in range(0, rank):
+        mask = live[:, None] & ((o_j >= i) & (o_j < rank))[None, :]
+        p = tl.load(p_ptr + o_p, mask=mask, other=0.0) * p_scale[:, None]
+        m_i = tl.load(m_ptrs + i, mask=live, other=0.0) * m_scale
+        weighted = p * tl.where(o_j == i, 1.0, 2.0)[None, :]
+        p_sq += weighted * p
+        mpm += weighted * (m_i[:, None] * m)
+        o_p += rank - 1 - i
+    return tl.sum(p_sq, axis=1), tl.sum(mpm, axis=1)
+
+
+@triton.jit
 def _write_residual(
     row_ptr,
     number_ptr,
@@ -218,45 +286,82 @@ def _write_residual(
     m_ptr = tl.load(row_ptr + EXP_AVG).to(tl.pointer_type(tl.float32))
     p_ptr = tl.load(row_ptr + SECOND_MOMENT).to(tl.pointer_type(tl.float32))
     m_ptr, p_ptr, rows = from_row(m_ptr, p_ptr, tl.load(row_ptr + ROWS), start, rank)
-    packed = (rank * (rank + 1)) // 2
     o_row, o_j = tl.arange(0, BLOCK), tl.arange(0, N)
     live = o_row < rows
-    mask = live[:, None] & (o_j < rank)[None, :]
-    unit = unit_of(diagonal_of(p_ptr, live, o_row, o_j, rank) * unbias2)
-    scale = unit * unbias2
-    m, w, by_m, a, gain, b, c, r_sq = second_centre(
-        m_ptr, p_ptr, live, o_row, o_j, rank, unbias1, unbias2, unit, DTYPE
-    )
-    counts = residual_weight(row_ptr)
-    a, b, c = a + gain * counts, b * counts, c * counts
-    sigma_sq = sigma_sq_of(r_sq, unit)
     first_row = tl.load(row_ptr + RESIDUAL_ROW) + start
-    tl.store(direction_ptr + (first_row + o_row)[:, None] * R + o_j[None, :], w)
-    w = w.to(tl.float32)
-    sigma_sq_unit = sigma_sq / unit
     centre_ptrs = centre_ptr + 4 * (first_row + o_row)
-    tl.store(centre_ptrs, a * by_m * by_m)
-    tl.store(centre_ptrs + 1, 2 * b * by_m * tl.sqrt(sigma_sq_unit))
-    tl.store(centre_ptrs + 2, c * sigma_sq_unit)
-    tl.store(centre_ptrs + 3, sigma_sq)
-    tau = scale_of(partner_rows, rank)
-    shrink = shrink_of(tl.load(hyper_ptr + EPS).to(tl.float32) * tau * tl.sqrt(sigma_sq))
-    counts *= sigma_sq_unit * shrink * shrink
+    direction_ptrs = direction_ptr + (first_row + o_row)[:, None] * R + o_j[None, :]
     out_ptr += first_row * PRODUCTS
-    o_p = o_row[:, None] * packed + o_j[None, :]
-    o_out = o_row[:, None] * PRODUCTS + o_j[None, :]
-    for i in range(0, rank):
-        p = tl.load(p_ptr + o_p, mask=mask & (o_j >= i)[None, :], other=0.0) * scale[:, None]
-        own = (o_j == i)[None, :]
-        m_i = tl.sum(tl.where(own, m, 0.0), axis=1)
-        w_i = tl.sum(tl.where(own, w, 0.0), axis=1)
-        r = p - (a * m_i + b * w_i)[:, None] * m - (b * m_i + c * w_i)[:, None] * w
-        r *= counts[:, None] * tl.where(own, 1.0, 2.0)
-        kept = ((o_j >= i) & (o_j < rank))[None, :]
-        tl.store(out_ptr + o_out, r.to(DTYPE), mask=kept)
-        o_p += rank - 1 - i
-        o_out += rank - 1 - i
-    _clear_padding(out_ptr, o_row, PRODUCTS, packed, PRODUCTS, DTYPE)
+    diagonal = diagonal_of(p_ptr, live, o_row, o_j, rank) * unbias2
+    unit = unit_of(diagonal)
+    p_scale, m_scale = unit * unbias2, tl.sqrt(unit) * unbias1
+    m_ptrs = m_ptr + o_row * rank
+    mask = live[:, None] & (o_j < rank)[None, :]
+    m = tl.load(m_ptrs[:, None] + o_j[None, :], mask=mask, other=0.0) * m_scale[:, None]
+    p_sq, mpm = _first_sums(m_ptrs, m, p_ptr, m_scale, p_scale, live, o_row, o_j, rank)
+    m_sq = tl.sum(m * m, axis=1)
+    a, r_sq = first_centre(p_sq, mpm, m_sq)
+    weight = residual_weight(row_ptr)
+    eps = tl.load(hyper_ptr + EPS).to(tl.float32) * scale_of(partner_rows, rank)
+    asked = tl.sum(diagonal, axis=1) * unit < trace_limit(p_sq, r_sq, a, m_sq)
+    asked = asked & live & (weight > 0.0)
+    if (tl.float16 == DTYPE) & (tl.max(asked.to(tl.int32), axis=0) > 0):
+        m, w, by_m, a, gain, b, c, r_sq = second_centre(
+            m_ptr, p_ptr, live, o_row, o_j, rank, unbias1, unbias2, unit, DTYPE
+        )
+        tl.store(direction_ptrs, w)
+        a += gain
+        sigma_sq = sigma_sq_of(r_sq, unit)
+        by_unit = sigma_sq / unit
+        second_a, second_b = a * by_m * by_m, 2 * b * by_m * tl.sqrt(by_unit)
+        _store_centre(centre_ptrs, second_a, second_b, c * by_unit, sigma_sq)
+        shrink = shrink_of(eps * tl.sqrt(sigma_sq))
+        _residual_lines(
+            p_ptr,
+            out_ptr,
+            m_ptrs,
+            m,
+            w.to(tl.float32),
+            m_scale * by_m,
+            p_scale,
+            a,
+            b,
+            c,
+            by_unit * shrink * shrink * weight,
+            live,
+            o_row,
+            o_j,
+            rank,
+            True,
+            PRODUCTS,
+            DTYPE,
+        )
+    else:
+        tl.store(direction_ptrs, tl.zeros((BLOCK, N), DTYPE))
+        sigma_sq = sigma_sq_of(r_sq, unit)
+        _store_centre(centre_ptrs, a, a * 0.0, a * 0.0, sigma_sq)
+        shrink = shrink_of(eps * tl.sqrt(sigma_sq))
+        _residual_lines(
+            p_ptr,
+            out_ptr,
+            m_ptrs,
+            m,
+            m,
+            m_scale,
+            p_scale,
+            a,
+            a,
+            a,
+            sigma_sq / unit * shrink * shrink * weight,
+            live,
+            o_row,
+            o_j,
+            rank,
+            False,
+            PRODUCTS,
+            DTYPE,
+        )
+    _clear_padding(out_ptr, o_row, PRODUCTS, (rank * (rank + 1)) // 2, PRODUCTS, DTYPE)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from loft_kernels.backends.triton.centre import (
     first_centre,
     moment_entries,
     norm_sq_of,
+    pair_of,
     second_centre,
     second_entries,
     shrink_of,
@@ -23,6 +24,7 @@ from loft_kernels.backends.triton.centre import (
     trace_limit,
     unit_of,
 )
+from loft_kernels.backends.triton.operands import select
 
 
 @triton.jit
@@ -47,6 +49,8 @@ def residual_rows(
 
     Before it: whether there is a second centre, the coefficients of ``centre``, sigma^2 and w.
     """
+    EXACT: tl.constexpr = tl.float32 == DTYPE
+    packed = (rank * (rank + 1)) // 2
     o_k, o_t, o_r = tl.arange(0, MAIN), MAIN + tl.arange(0, 16), tl.arange(0, R)
     live = o_row < rows
     diagonal = diagonal_of(p_ptr, live, o_row, o_r, rank) * unbias2
@@ -91,13 +95,41 @@ def residual_rows(
             scale = (by_unit * shrink * shrink)[:, None]
             x = w.to(tl.float32)
             m_scale, p_scale = by_m * tl.sqrt(unit) * unbias1, unit * unbias2
+            i, j = pair_of(pairs_ptr, o_k, packed)
             main = second_entries(
-                m_ptr, p_ptr, pairs_ptr, x, o_row, rows, o_k, rank, m_scale, p_scale, a, b, c
+                m_ptr,
+                p_ptr,
+                pairs_ptr,
+                select(x, i, o_k < packed, EXACT),
+                select(x, j, o_k < packed, EXACT),
+                o_row,
+                rows,
+                o_k,
+                rank,
+                m_scale,
+                p_scale,
+                a,
+                b,
+                c,
             )
             main = (main * scale).to(DTYPE)
             if TAIL > 0:
+                i, j = pair_of(pairs_ptr, o_t, packed)
                 tail = second_entries(
-                    m_ptr, p_ptr, pairs_ptr, x, o_row, rows, o_t, rank, m_scale, p_scale, a, b, c
+                    m_ptr,
+                    p_ptr,
+                    pairs_ptr,
+                    select(x, i, o_t < packed, EXACT),
+                    select(x, j, o_t < packed, EXACT),
+                    o_row,
+                    rows,
+                    o_t,
+                    rank,
+                    m_scale,
+                    p_scale,
+                    a,
+                    b,
+                    c,
                 )
                 tail = (tail * scale).to(DTYPE)
             a, b, c = a * by_m * by_m, 2 * b * by_m * tl.sqrt(by_unit), c * by_unit

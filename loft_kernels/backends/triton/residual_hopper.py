@@ -5,6 +5,7 @@ The same as ``residual``, as left operands of the tensor cores, for ``update_hop
 
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -15,6 +16,7 @@ from loft_kernels.backends.triton.centre import (
     from_row,
     moment_entries,
     norm_sq_of,
+    pair_of,
     residual_weight,
     second_centre,
     second_entries,
@@ -25,6 +27,14 @@ from loft_kernels.backends.triton.centre import (
     unit_of,
 )
 from loft_kernels.backends.triton.tables import EXP_AVG, ROWS, SECOND_MOMENT
+
+
+@gluon.jit
+def _gathered(w, pairs_ptr, o_row, o_k, rank):
+    """Pick w_i and w_j of packed entries."""
+    i, j = pair_of(pairs_ptr, o_k, (rank * (rank + 1)) // 2)
+    row = o_row[:, None] * 0
+    return tl.gather(w, row + i[None, :], 1), tl.gather(w, row + j[None, :], 1)
 
 
 @gluon.jit
@@ -67,14 +77,18 @@ def _second_rows(
     scale = by_unit * shrink * shrink
     m_scale, p_scale = by_m * gl.sqrt(unit) * unbias1, unit * unbias2
     x = w.to(gl.float32)
+    o_main = gl.arange(0, BLOCK_M, rowwise)
+    o_k = gl.arange(0, MAIN, gl.SliceLayout(0, BY_MAIN))
+    w_i, w_j = _gathered(x, pairs_ptr, o_main, o_k, rank)
     main = second_entries(
         m_ptr,
         p_ptr,
         pairs_ptr,
-        x,
-        gl.arange(0, BLOCK_M, rowwise),
+        w_i,
+        w_j,
+        o_main,
         left,
-        gl.arange(0, MAIN, gl.SliceLayout(0, BY_MAIN)),
+        o_k,
         rank,
         gl.convert_layout(m_scale, rowwise),
         gl.convert_layout(p_scale, rowwise),
@@ -86,11 +100,13 @@ def _second_rows(
     main = gl.convert_layout(main, left_wide)
     tail = main
     if TAIL > 0:
+        w_i, w_j = _gathered(x, pairs_ptr, o_row16, MAIN + o_16, rank)
         tail = second_entries(
             m_ptr,
             p_ptr,
             pairs_ptr,
-            x,
+            w_i,
+            w_j,
             o_row16,
             left,
             MAIN + o_16,

@@ -201,7 +201,8 @@ def _update_kernel(
         OPERAND: tl.constexpr = tl.float32 if EXACT else tl.float16
         PRODUCTS: tl.constexpr = MAIN * BLOCKS + TAIL
         PRECISION: tl.constexpr = "ieee"
-        SECOND: tl.constexpr = SPLIT == 1  # above rank 8
+        # Above rank 8, and where R is rounded to fp16.
+        SECOND: tl.constexpr = (SPLIT == 1) & (not EXACT)
         rows = tl.load(row_ptr + ROWS)
         partner_rows = tl.load(table_ptr + (side ^ 1) * COLUMNS + ROWS)
         unbias1 = 1.0 / tl.load(numbers_ptr + side * NUMBERS + BIAS1).to(tl.float32)

@@ -43,36 +43,20 @@ def _fetch_block(
     n,
     total,
     o_partner,
-    o_residual,
     main,
-    residual_main,
     s_main,
-    s_residual,
     full,
-    residual_full,
-    BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCKS: gl.constexpr,
     STAGES: gl.constexpr,
-    RESIDENT: gl.constexpr,
 ):
-    """Start to fetch the n-th block of 64 packed entries, counted over all tiles.
-
-    Both operands have barriers of their own, armed first; see ``update_hopper._fetch``.
-    """
+    """Start to fetch the n-th block of 64 packed entries, counted over all tiles."""
     live = n < total
     slot = n % STAGES
     row, column = o_partner + (n // BLOCKS) * BLOCK_N, 64 * (n % BLOCKS)
     ready = full.index(slot)
     mbarrier.expect(ready, BLOCK_N * 64 * 2, pred=live)
-    if not RESIDENT:
-        residual_ready = residual_full.index(slot)
-        mbarrier.expect(residual_ready, BLOCK_M * 64 * 2, pred=live)
     fetch_tile(main, [row, column], ready, s_main.index(slot), pred=live)
-    if not RESIDENT:
-        fetch_tile(
-            residual_main, [o_residual, column], residual_ready, s_residual.index(slot), pred=live
-        )
 
 
 @gluon.jit
@@ -121,7 +105,6 @@ def _update_hopper_wide_kernel(
     BLOCKS: gl.constexpr,
     TAIL: gl.constexpr,
     STAGES: gl.constexpr,
-    RESIDENT: gl.constexpr,
     HAS_MASTER: gl.constexpr,
     PARAM_DTYPE: gl.constexpr,
 ):
@@ -143,25 +126,22 @@ def _update_hopper_wide_kernel(
         first = gl.load(row_ptr + RESIDUAL_ROW) + start
         o_residual = first.to(gl.int32)
 
-        HELD: gl.constexpr = BLOCKS if RESIDENT else STAGES
         s_main = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, 64], main.layout)
         s_tail = gl.allocate_shared_memory(gl.float16, [BLOCK_N, TAIL], tail.layout)
         s_high = gl.allocate_shared_memory(gl.float16, [2, BLOCK_N, R], halves.layout)
         s_low = gl.allocate_shared_memory(gl.float16, [BLOCK_N, R], halves.layout)
         s_residual = gl.allocate_shared_memory(
-            gl.float16, [HELD, BLOCK_M, 64], residual_main.layout
+            gl.float16, [BLOCKS, BLOCK_M, 64], residual_main.layout
         )
         s_rest = gl.allocate_shared_memory(gl.float16, [BLOCK_M, TAIL], residual_tail.layout)
         one: gl.constexpr = mbarrier.MBarrierLayout()
         full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-        residual_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
         high_full = gl.allocate_shared_memory(gl.int64, [2, 1], one)
         low_full = gl.allocate_shared_memory(gl.int64, [1], one)
         tail_full = gl.allocate_shared_memory(gl.int64, [1], one)
         held = gl.allocate_shared_memory(gl.int64, [1], one)
         for stage in gl.static_range(STAGES):
             mbarrier.init(full.index(stage), count=1)
-            mbarrier.init(residual_full.index(stage), count=1)
         for part in gl.static_range(2):
             mbarrier.init(high_full.index(part), count=1)
         mbarrier.init(low_full, count=1)
@@ -171,28 +151,21 @@ def _update_hopper_wide_kernel(
         _fetch_halves(
             0, tiles, o_partner, o_high, halves, s_high, s_low, high_full, low_full, BLOCK_N, R
         )
-        mbarrier.expect(held, BLOCK_M * (TAIL + (64 * BLOCKS if RESIDENT else 0)) * 2)
+        mbarrier.expect(held, BLOCK_M * (TAIL + 64 * BLOCKS) * 2)
         fetch_tile(residual_tail, [o_residual, 64 * BLOCKS], held, s_rest)
-        if RESIDENT:
-            for c in range(0, BLOCKS):
-                fetch_tile(residual_main, [o_residual, 64 * c], held, s_residual.index(c))
+        for c in range(0, BLOCKS):
+            fetch_tile(residual_main, [o_residual, 64 * c], held, s_residual.index(c))
         for stage in gl.static_range(STAGES - 1):
             _fetch_block(
                 stage,
                 tiles * BLOCKS,
                 o_partner,
-                o_residual,
                 main,
-                residual_main,
                 s_main,
-                s_residual,
                 full,
-                residual_full,
-                BLOCK_M,
                 BLOCK_N,
                 BLOCKS,
                 STAGES,
-                RESIDENT,
             )
 
         # The rows' operands: sigma m in two halves, and w.
@@ -204,6 +177,9 @@ def _update_hopper_wide_kernel(
         a = gl.load(centre_ptr + 4 * o_row) * shrink * shrink
         b = gl.load(centre_ptr + 4 * o_row + 1) * shrink * shrink
         c = gl.load(centre_ptr + 4 * o_row + 2) * shrink * shrink
+        # Rows beyond the last have no centre.
+        some = ((b != 0.0) | (c != 0.0)) & (start + o_row < rows)
+        second = gl.max(some.to(gl.int32), axis=0) > 0
         floor = (1.0 / gl.load(numbers_ptr + side * NUMBERS + BOUND)).to(gl.float32)
         floor, eps = floor * shrink * shrink, eps * shrink
         unbias1 = 1.0 / gl.load(numbers_ptr + side * NUMBERS + BIAS1).to(gl.float32)
@@ -213,7 +189,6 @@ def _update_hopper_wide_kernel(
         scale = gl.sqrt(gl.load(centre_ptr + 4 * o_m + 3))[:, None] * unbias1
         left = (rows - start).to(gl.int32)
         m_high, m_low, _ = load_half(m_ptr, o_m, left, o_r, rank, scale, 1, gl.float16)
-        w = gl.load(direction_ptr + first * R + (o_m[:, None] * R + o_r[None, :]))
 
         none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, wide)
         empty = gl.zeros([BLOCK_M, R], gl.float32, narrow)
@@ -225,15 +200,18 @@ def _update_hopper_wide_kernel(
             mbarrier.wait(low_full, t & 1)
             q = s_high.index(t % 2)
             q_t, low_t = q.permute((1, 0)), s_low.permute((1, 0))
-            w_tile = warpgroup_mma(w, q_t, none, use_acc=False, is_async=True)
-            w_tile = warpgroup_mma(w, low_t, w_tile, is_async=True)
-            w_tile, acc = warpgroup_mma_wait(0, deps=[w_tile, acc])
-            # Added up apart at once: there are no registers for D Q and both of m~ and w~.
-            projected += acc
             m_tile = warpgroup_mma(m_high, q_t, none, use_acc=False, is_async=True)
             m_tile = warpgroup_mma(m_low, q_t, m_tile, is_async=True)
             m_tile = warpgroup_mma(m_high, low_t, m_tile, is_async=True)
-            m_tile = warpgroup_mma_wait(0, deps=[m_tile])
+            m_tile, acc = warpgroup_mma_wait(0, deps=[m_tile, acc])
+            # Added up apart at once: there are no registers for D Q and both of m~ and w~.
+            projected += acc
+            dot = none
+            if second:
+                w = gl.load(direction_ptr + first * R + (o_m[:, None] * R + o_r[None, :]))
+                w_tile = warpgroup_mma(w, q_t, none, use_acc=False, is_async=True)
+                w_tile = warpgroup_mma(w, low_t, w_tile, is_async=True)
+                dot = second_part(m_tile, warpgroup_mma_wait(0, deps=[w_tile]), b, c)
             # All products of the tile before are done in every warp, and those with the low
             # halves of this one: their slots are free.
             tl.debug_barrier()
@@ -252,14 +230,12 @@ def _update_hopper_wide_kernel(
             )
             mbarrier.expect(tail_full, BLOCK_N * TAIL * 2)
             fetch_tile(tail, [o_partner + t * BLOCK_N, 64 * BLOCKS], tail_full, s_tail)
-            dot = warpgroup_mma_init(second_part(m_tile, w_tile, b, c))
+            dot = warpgroup_mma_init(dot)
             for k in range(0, BLOCKS):
                 n = t * BLOCKS + k
                 slot = n % STAGES
                 mbarrier.wait(full.index(slot), (n // STAGES) & 1)
-                if not RESIDENT:
-                    mbarrier.wait(residual_full.index(slot), (n // STAGES) & 1)
-                block = s_residual.index(k if RESIDENT else slot)
+                block = s_residual.index(k)
                 block_t = s_main.index(slot).permute((1, 0))
                 dot = warpgroup_mma(block, block_t, dot, is_async=True)
                 dot = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[dot]))
@@ -269,18 +245,12 @@ def _update_hopper_wide_kernel(
                     n + STAGES - 1,
                     tiles * BLOCKS,
                     o_partner,
-                    o_residual,
                     main,
-                    residual_main,
                     s_main,
-                    s_residual,
                     full,
-                    residual_full,
-                    BLOCK_M,
                     BLOCK_N,
                     BLOCKS,
                     STAGES,
-                    RESIDENT,
                 )
             mbarrier.wait(tail_full, t & 1)
             dot = warpgroup_mma(s_rest, s_tail.permute((1, 0)), dot, is_async=True)
@@ -293,7 +263,6 @@ def _update_hopper_wide_kernel(
         projected *= gl.convert_layout(shrink, gl.SliceLayout(1, narrow))[:, None]
         for stage in gl.static_range(STAGES):
             mbarrier.invalidate(full.index(stage))
-            mbarrier.invalidate(residual_full.index(stage))
         for part in gl.static_range(2):
             mbarrier.invalidate(high_full.index(part))
         mbarrier.invalidate(low_full)
