@@ -271,7 +271,6 @@ def _advance_second(
     # P is positive semidefinite: its largest entry stands on the diagonal.
     first_d = gl.load(p_ptr + o_d, mask=m_d, other=0.0)
     top, trace = gl.reduce((first_d, first_d), 0, _larger_and_added)
-    nowhere = gl.zeros([SQUARE], gl.float16, gl.SliceLayout(0, by_line))
     for row in range(0, rows):
         here = unforeseen(row)
         p_row, m_row = p_ptr + here * PACKED, m_ptr + here * RANK

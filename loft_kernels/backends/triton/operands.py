@@ -303,9 +303,13 @@ def _write_residual(
     a, r_sq = first_centre(p_sq, mpm, m_sq)
     weight = residual_weight(row_ptr)
     eps = tl.load(hyper_ptr + EPS).to(tl.float32) * scale_of(partner_rows, rank)
-    asked = tl.sum(diagonal, axis=1) * unit < trace_limit(p_sq, r_sq, a, m_sq)
-    asked = asked & live & (weight > 0.0)
-    if (tl.float16 == DTYPE) & (tl.max(asked.to(tl.int32), axis=0) > 0):
+    # A limit of -1 is for rows that do not ask, and those beyond the last; none do where nothing is
+    # rounded to fp16.
+    limit = tl.where(live, trace_limit(p_sq, r_sq, a, m_sq), -1.0)
+    if tl.float32 == DTYPE:
+        limit = limit * 0.0 - 1.0
+    asked = tl.where(tl.sum(diagonal, axis=1) * unit < limit, weight, 0.0)
+    if tl.max(asked, axis=0) > 0.0:
         m, w, by_m, a, gain, b, c, r_sq = second_centre(
             m_ptr, p_ptr, live, o_row, o_j, rank, unbias1, unbias2, unit, DTYPE
         )
