@@ -20,16 +20,27 @@ from loft_kernels.backends.triton.layout import Layout, new_layout, signature
 from loft_kernels.plan import Moving, Pair
 
 
-def unsupported(pair: Pair) -> str | None:
-    """Say why these kernels cannot serve a pair, or None if they can."""
+def unsupported(pair: Pair, *, asked: bool = True) -> str | None:
+    """Say why these kernels do not serve a pair, or None if they do.
+
+    Args:
+        pair: the pair.
+        asked: whether the user named this backend; if not, ranks that no GPU has checked are left.
+    """
     options = pair.options
     if options.second_moment != "full" or not options.calibrate:
         return "second_moment='diagonal' and calibrate=False are ablations of the reference path"
     if options.beta1**2 > options.beta2:
         # m may outlive sqrt(v) without bound, and D the range of fp16.
         return f"betas {options.beta1}, {options.beta2}: beta1^2 is above beta2"
-    if pair.a.param.shape[0] > configs.MAX_RANK:
-        return f"rank {pair.a.param.shape[0]} is above {configs.MAX_RANK}"
+    rank = pair.a.param.shape[0]
+    if rank > configs.MAX_RANK:
+        return f"rank {rank} is above {configs.MAX_RANK}"
+    if rank > configs.CHECKED_RANK and not asked:
+        return (
+            f"rank {rank} is above {configs.CHECKED_RANK}, up to which the kernels were compared "
+            f"with fp64 on a GPU; backend='triton' takes ranks up to {configs.MAX_RANK}"
+        )
     grads = {f.grad.dtype for f in (pair.b, pair.a) if f.grad is not None}
     kinds = {pair.b.param.dtype, pair.a.param.dtype}
     if len(kinds) > 1 or len(grads) > 1 or not (kinds | grads) <= DTYPES.keys():

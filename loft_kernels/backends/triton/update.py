@@ -14,7 +14,8 @@ beside the tiles; above, the contraction over the blocks of R is a GEMM main loo
 
 The sum over R begins at what a second centre adds to v, ``w~ (2 b m~ + c w~)``, see ``centre``. Its
 two narrow products are a small part of the work above rank 16: there it is always on. For ranks 9
-to 16 a block of rows takes it where enough of its rows ask for it; up to rank 8 there is none.
+to 16 a block of rows takes it where enough of its rows ask for it, in `update_hopper` and in the
+interpreter; up to rank 8 there is none.
 
 This is the kernel of every GPU and of the interpreter; ``update_hopper`` is the same step for
 compute capability 9.0, with the tensor cores driven by hand.
@@ -201,8 +202,9 @@ def _update_kernel(
         OPERAND: tl.constexpr = tl.float32 if EXACT else tl.float16
         PRODUCTS: tl.constexpr = MAIN * BLOCKS + TAIL
         PRECISION: tl.constexpr = "ieee"
-        # Above rank 8, and where R is rounded to fp16.
-        SECOND: tl.constexpr = (SPLIT == 1) & (not EXACT)
+        # Ranks 9 to 16, where R is rounded to fp16. Not on a GPU: compiled for one, an earlier form
+        # of this branch was wrong by 1e-3 where the interpreter and `update_hopper` were right.
+        SECOND: tl.constexpr = (SPLIT == 1) & (not EXACT) & (not ASM)
         rows = tl.load(row_ptr + ROWS)
         partner_rows = tl.load(table_ptr + (side ^ 1) * COLUMNS + ROWS)
         unbias1 = 1.0 / tl.load(numbers_ptr + side * NUMBERS + BIAS1).to(tl.float32)

@@ -1,10 +1,10 @@
-"""The hot loop for compute capability 9.0 and ranks 17 to 64, in Gluon; see ``update``.
+"""The hot loop for compute capability 9.0 and ranks 17 to 32, in Gluon; see ``update``.
 
-The contraction over r(r+1)/2 packed entries is a GEMM main loop over blocks of 64, which arrive in
-a ring. Up to rank 32 the residual of the rows stays in shared memory and only partners are
-streamed. One product is always in flight while the slot of the one before is filled again; the
-projection ``D Q`` of a tile runs under m~ and w~ of the next. These come first, because the sum
-over R begins at the second centre's part of v.
+The contraction over r(r+1)/2 packed entries is a GEMM main loop over blocks of 64. The residual of
+the rows stays in shared memory; the blocks of the partners arrive in a ring. One product is always
+in flight while the slot of the one before is filled again; the projection ``D Q`` of a tile runs
+under m~ and w~ of the next. These come first, because the sum over R begins at the second centre's
+part of v.
 """
 
 from __future__ import annotations
