@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="the Triton backend is optional")
 from test_triton import DEVICE, kernel_step
 
 from bench import accuracy, histories
+from loft_kernels.backends.triton import configs
 from loft_kernels.backends.triton.step import LaunchPlan
 
 ROWS, PARTNER_ROWS = 40, 192
@@ -69,6 +70,8 @@ def error_of(start, end, exact, phase="B"):
 @pytest.mark.parametrize("rank", [10, 16, 32])
 @pytest.mark.parametrize("kind", LIMITS)
 def test_rank_two_histories(kind, rank, take_step, monkeypatch):
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() != configs.HOPPER and rank <= 16:
+        pytest.skip("README, Limits: ranks 9 to 16 have a second centre on 9.0 only")
     monkeypatch.setitem(histories.HISTORIES, "dwindling turn", _dwindling_turn)
     monkeypatch.setitem(histories.HISTORIES, "every step", _every_step)
     start = draw(kind, 0.01, 200, rank)
