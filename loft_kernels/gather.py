@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -23,6 +24,10 @@ Place = tuple[int, int]
 
 # Read of hundreds of tensors at every step: a loop in C takes half the time of a comprehension.
 _GRAD, _PARAMS = operator.attrgetter("grad"), operator.itemgetter("params")
+_BASIS = operator.itemgetter("partner_basis")
+
+# State whose memory users offload, all of it or the large tensors only.
+_OFFLOADED = ("exp_avg", "second_moment", "master")
 
 
 @dataclass(slots=True)
@@ -72,9 +77,12 @@ class Gathered:
         self._params = [f.param for f in self._factors]
         self._states = [optimizer.state.get(p) for p in self._params]
         self._owned = [state for state in self._states if state]
-        self._entries = [dict(state) for state in self._owned]
-        self._moments = [s["exp_avg"] for s in self._owned]
-        self._moment_addresses = list(map(Tensor.data_ptr, self._moments))
+        entries = [item for state in self._owned for item in state.items()]
+        # Weakly: whoever exchanges state for a copy elsewhere is to get its memory back.
+        self._entries = [_weak(value) for _, value in entries]
+        self._offloaded = [i for i, (key, _) in enumerate(entries) if key in _OFFLOADED]
+        self._offloaded_addresses = [entries[i][1].data_ptr() for i in self._offloaded]
+        self._based = [state for state in self._owned if "partner_basis" in state]
         self._stored = dict(optimizer.state)
         self._scalings = [slot.scaling for slot in optimizer._slots]
         self._places: list[Any] = [scaling.place for scaling in self._scalings]
@@ -92,7 +100,7 @@ class Gathered:
         self._seen_options: list[StepOptions] = []
         self._seen_rates: list[Any] = []
         self._confirmed, self._bound = False, True
-        self._addresses = [p.data_ptr() for p in self._params]
+        self._addresses = self._read_addresses()
         grads = [p.grad for p in self._params]
         self._kinds, self._grads_alike = _kinds(grads), _alike(grads)
         addresses, self._strides = _addresses_and_strides(grads)
@@ -127,18 +135,24 @@ class Gathered:
     def _same_objects(self, optimizer: LoFTAdamW) -> bool:
         """Tell whether the optimizer still holds the same tensors and state."""
         listed = list(chain.from_iterable(map(_PARAMS, optimizer.param_groups)))
+        entries = list(chain.from_iterable(map(dict.values, self._owned)))
         with _ByIdentity():
             # Kernels keep the addresses of state: an exchanged tensor calls for new ones.
-            if listed != self._listed or self._owned != self._entries:
+            if listed != self._listed or entries != [entry() for entry in self._entries]:
                 return False
+        offloaded = [entries[i] for i in self._offloaded]
         return (
             # Entries stay in order and new ones come last; a lookup would hash every tensor.
             len(optimizer.state) >= len(self._stored)
             and all(map(operator.is_, optimizer.state, self._stored))
             and all(map(operator.is_, optimizer.state.values(), self._stored.values()))
-            # Offloading leaves the tensors and gives all of them other memory.
-            and list(map(Tensor.data_ptr, self._moments)) == self._moment_addresses
+            # Offloading may leave the tensors and give them other memory.
+            and list(map(Tensor.data_ptr, offloaded)) == self._offloaded_addresses
         )
+
+    def _read_addresses(self) -> list[int]:
+        """List where the factors and the bases of their partners are, which `gram` reads."""
+        return list(map(Tensor.data_ptr, chain(self._params, map(_BASIS, self._based))))
 
     def bind(self) -> None:
         """Set the gradients and scalings of this step on the pairs."""
@@ -152,8 +166,7 @@ class Gathered:
         """Let go of this step's gradients, which zero_grad() is to free."""
         if self._bound:
             self._bound = False
-            for factor in self._factors:
-                factor.grad = None
+            release_gradients(self.pairs)
 
     def measure_ahead(self, optimizer: LoFTAdamW, plan: Any) -> None:
         """Let the device measure the pairs of the last step while the host checks them again.
@@ -189,9 +202,10 @@ class Gathered:
         grads = list(map(_GRAD, self._params))
         try:
             found = self._look_at(grads)
-        except RuntimeError:  # a gradient without strides or address: sparse
-            return None
-        if found is None or list(map(Tensor.data_ptr, self._params)) != self._addresses:
+            if found is None or self._read_addresses() != self._addresses:
+                return None
+        # A gradient without strides or address: sparse. State without an entry, or with another.
+        except (RuntimeError, KeyError, TypeError):
             return None
         self.moving = (*found, self.moving[2])
         return self.moving
@@ -234,15 +248,28 @@ class Gathered:
         if options == self._seen_options:
             return True
         self.backend = None  # a backend may not serve the new ones
+        self._seen_options = []  # what is refused is looked at again
         for pair in self.pairs:
             own = options[pair.b.group]
             if pair.a.group != pair.b.group and options[pair.a.group] != own:
                 return False
+            if (own.second_moment, own.calibrate) != self._mode:
+                return False
             pair.options = own
         self._seen_options = options
         self.bind()  # whoever chooses or lays out anew looks at the gradients
-        used = {pair.b.group for pair in self.pairs}
-        return all((options[g].second_moment, options[g].calibrate) == self._mode for g in used)
+        return True
+
+
+def release_gradients(pairs: Iterable[Pair]) -> None:
+    """Let go of the gradients of a step."""
+    for pair in pairs:
+        pair.b.grad = pair.a.grad = None
+
+
+def _weak(value: Any) -> Callable[[], Any]:
+    """Refer to a tensor without keeping it; to anything else as it is."""
+    return weakref.ref(value) if isinstance(value, Tensor) else lambda: value
 
 
 def _alike(tensors: list[Any]) -> Callable[..., bool]:
@@ -259,8 +286,8 @@ def _alike(tensors: list[Any]) -> Callable[..., bool]:
 
 
 def _kinds(grads: list[Any]) -> list[Any]:
-    """Name dtype and shape of every gradient; None where there is none."""
-    return [None if g is None else (g.dtype, g.shape) for g in grads]
+    """Name dtype, shape and device of every gradient; None where there is none."""
+    return [None if g is None else (g.dtype, g.shape, g.device) for g in grads]
 
 
 def _addresses_and_strides(grads: list[Any]) -> tuple[list[int], list[Any]]:

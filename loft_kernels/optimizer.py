@@ -19,7 +19,14 @@ from loft_kernels.adapters import (
     pairs_from_names,
 )
 from loft_kernels.clipping import check_max_norm, decide
-from loft_kernels.gather import Gathered, PairSlot, Place, check_options, step_options
+from loft_kernels.gather import (
+    Gathered,
+    PairSlot,
+    Place,
+    check_options,
+    release_gradients,
+    step_options,
+)
 from loft_kernels.layers import as_matrix
 from loft_kernels.measured import HostPath
 from loft_kernels.notices import warn_idle, warn_memory, warn_outer_clipping
@@ -186,6 +193,7 @@ class LoFTAdamW(Optimizer):
                 loss = closure()
         fresh = not self.state
         if self._gathered is not None:
+            self._check_structure()
             self._gathered.measure_ahead(self, self._plan)
         pairs, plain = self._gather(allocate=True)
         members = [p for group in plain.values() for p in group]
@@ -212,9 +220,13 @@ class LoFTAdamW(Optimizer):
         else:
             if self._gathered is not None:
                 self._gathered.bind()
+            if self._plan is not None:
+                self._plan.forget_layouts()
             self._step_on_host(backend, pairs, plain, members)
         if self._gathered is not None:
             self._gathered.release_gradients()
+        else:
+            release_gradients(pairs)
         return loss
 
     def _first_time(self, notice: str) -> bool:
@@ -275,6 +287,8 @@ class LoFTAdamW(Optimizer):
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
         )
+        if self._gathered is not None and not self._plan.holds(pairs):
+            self._gathered.bind()  # whoever lays out anew looks at the gradients
         decision = self._plan.step(
             pairs,
             outside,

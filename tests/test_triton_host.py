@@ -44,8 +44,8 @@ def exchanged(opt: lk.LoFTAdamW, p: Tensor, key: str) -> None:
     opt.state[p][key] = opt.state[p][key].clone()
 
 
-def other_memory(opt: lk.LoFTAdamW, p: Tensor) -> None:
-    opt.state[p]["exp_avg"].data = opt.state[p]["exp_avg"].clone()
+def other_memory(opt: lk.LoFTAdamW, p: Tensor, key: str) -> None:
+    opt.state[p][key].data = opt.state[p][key].clone()
 
 
 def other_data(value: Tensor, data: Tensor) -> None:
@@ -61,7 +61,11 @@ CHANGES = {
     "state entry new": lambda o, p: o.state[p].update(more=torch.zeros(2)),
     "state dict exchanged": lambda o, p: o.state.update({p: dict(o.state[p])}),
     "state dict gone": lambda o, p: o.state.pop(p),
-    "state moved": other_memory,
+    "first moment moved": lambda o, p: other_memory(o, p, "exp_avg"),
+    "second moment moved": lambda o, p: other_memory(o, p, "second_moment"),
+    "basis moved": lambda o, p: other_memory(o, p, "partner_basis"),
+    "basis gone": lambda o, p: o.state[p].pop("partner_basis"),
+    "basis exchanged by an equal one": lambda o, p: exchanged(o, p, "partner_basis"),
     "parameter moved": lambda o, p: other_data(p, p.detach().clone()),
     "parameter of another dtype in place": lambda o, p: other_data(
         p, p.detach().view(torch.float16)[:, : p.shape[1]]
@@ -84,7 +88,7 @@ def test_what_changes_beside_the_gradients_calls_for_new_checks(gathered, change
     assert not opt._gathered.refresh(opt)
 
 
-GLANCES = [name for name in CHANGES if name.startswith(("gradient", "parameter moved"))]
+GLANCES = [name for name in CHANGES if name.startswith(("gradient", "parameter moved", "basis"))]
 
 
 @pytest.mark.parametrize("name", GLANCES)

@@ -73,7 +73,7 @@ class Bucket:
         """Lay the bucket out."""
         self.pairs, self.exact, self.device = pairs, exact, plan.device
         self.rank, self.param_dtype, self.grad_dtype = key[:3]
-        self._plan, self._places = plan, sides
+        self._capability, self._places = plan.capability, sides
         self.cuda = plan.device.type == "cuda"
         self.width = configs.padded_rank(self.rank)
         # Above, a square is cut into blocks.
@@ -122,7 +122,8 @@ class Bucket:
         pair = self.pairs[0]
         options, rates = self.options, (pair.b.lr, pair.a.lr)
         values = [
-            *(0.0 if isinstance(rate, Tensor) else _fp32(rate) for rate in rates),
+            # No rate of a float, so that one in place of a tensor is seen.
+            *(-1.0 if isinstance(rate, Tensor) else _fp32(rate) for rate in rates),
             options.beta1,
             options.beta2,
             options.eps,
@@ -288,7 +289,7 @@ class Bucket:
 
     def _moments(self) -> Launch:
         """Describe the launch that advances the moments."""
-        tile = configs.moment_tile(self._plan.capability, self.rank)
+        tile = configs.moment_tile(self._capability, self.rank)
         options = self._options(tile.warps, tile.registers)
         if self.wide:
             options["num_stages"] = 1  # copies ahead would take twice the shared memory

@@ -59,6 +59,11 @@ def signature(pairs: Sequence[Pair]) -> tuple:
     )
 
 
+def step_counts(pairs: Sequence[Pair]) -> list[Tensor]:
+    """List the tensors that count the steps of the factors, on the device."""
+    return [f.state["step"] for p in pairs for f in (p.b, p.a) if "step" in f.state]
+
+
 def new_layout(
     rank: int,
     pairs: Sequence[Pair],

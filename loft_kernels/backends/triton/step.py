@@ -8,6 +8,7 @@ device only.
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from loft_kernels.backends.triton import configs, tables
 from loft_kernels.backends.triton.bucket import DTYPES, Bucket, bucket_key
-from loft_kernels.backends.triton.layout import Layout, new_layout, signature
+from loft_kernels.backends.triton.layout import Layout, new_layout, signature, step_counts
 from loft_kernels.plan import Moving, Pair
 
 
@@ -84,7 +85,9 @@ class LaunchPlan:
         self._measured: Sequence[Pair] | None = None
         self._exact = False
         self._buckets: list[Bucket] = []
-        self._layouts: dict[tuple, tuple[tuple, Layout]] = {}
+        # By bucket and tile: what the layout was made for, the step counts of its pairs, and it.
+        self._layouts: dict[tuple, tuple[tuple, list[Tensor], Layout]] = {}
+        self._earlier = self._layouts
         self._constants: dict[tuple, Tensor] = {}
 
     def step(
@@ -174,6 +177,14 @@ class LaunchPlan:
         """Drop what was measured for a step that another path took, or that was refused."""
         self._measured = None
 
+    def holds(self, pairs: Sequence[Pair]) -> bool:
+        """Tell whether the last launches were laid out for this list of pairs."""
+        return pairs is self._pairs
+
+    def forget_layouts(self) -> None:
+        """Drop what relies on the phases of pairs, which another path has moved on."""
+        self._pairs, self._layouts = None, {}
+
     def _on_device(self) -> contextlib.AbstractContextManager:
         """Make the plan's device the current one."""
         cuda = self.device.type == "cuda"
@@ -185,6 +196,8 @@ class LaunchPlan:
         for k, pair in enumerate(pairs):
             members.setdefault(bucket_key(pair), []).append(k)
         buckets = []
+        # A layout that is not used now goes: its pairs may part from each other meanwhile.
+        self._earlier, self._layouts = self._layouts, {}
         for key, places in members.items():
             sides = [side for k in places for side in (2 * k, 2 * k + 1)]
             whole = len(members) == 1
@@ -227,12 +240,19 @@ class LaunchPlan:
         self, key: tuple, pairs: Sequence[Pair], tile: configs.UpdateTile, operand_rows: int
     ) -> Layout:
         """Return the tiles and workspace of a bucket, built anew when its pairs change."""
-        wanted = signature(pairs)
-        cached = self._layouts.get((key, tile))
-        if cached is None or cached[0] != wanted:
+        wanted, steps = signature(pairs), step_counts(pairs)
+        cached = self._earlier.get((key, tile))
+        # Pairs of the same shapes that are not the same may be in different phases.
+        if (
+            cached is None
+            or cached[0] != wanted
+            or len(cached[1]) != len(steps)
+            or not all(map(operator.is_, cached[1], steps))
+        ):
             new = new_layout(key[0], pairs, self.device, self.capability, tile, operand_rows)
-            cached = self._layouts[key, tile] = (wanted, new)
-        return cached[1]
+            cached = (wanted, steps, new)
+        self._layouts[key, tile] = cached
+        return cached[2]
 
 
 def _nothing_outside() -> Tensor:
