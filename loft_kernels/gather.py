@@ -80,8 +80,9 @@ class Gathered:
         entries = [item for state in self._owned for item in state.items()]
         # Weakly: whoever exchanges state for a copy elsewhere is to get its memory back.
         self._entries = [_weak(value) for _, value in entries]
-        self._offloaded = [i for i, (key, _) in enumerate(entries) if key in _OFFLOADED]
-        self._offloaded_addresses = [entries[i][1].data_ptr() for i in self._offloaded]
+        places = [i for i, (key, _) in enumerate(entries) if key in _OFFLOADED]
+        self._offloaded = operator.itemgetter(*places)
+        self._offloaded_addresses = [entries[i][1].data_ptr() for i in places]
         self._based = [state for state in self._owned if "partner_basis" in state]
         self._stored = dict(optimizer.state)
         self._scalings = [slot.scaling for slot in optimizer._slots]
@@ -140,14 +141,13 @@ class Gathered:
             # Kernels keep the addresses of state: an exchanged tensor calls for new ones.
             if listed != self._listed or entries != [entry() for entry in self._entries]:
                 return False
-        offloaded = [entries[i] for i in self._offloaded]
         return (
             # Entries stay in order and new ones come last; a lookup would hash every tensor.
             len(optimizer.state) >= len(self._stored)
             and all(map(operator.is_, optimizer.state, self._stored))
             and all(map(operator.is_, optimizer.state.values(), self._stored.values()))
             # Offloading may leave the tensors and give them other memory.
-            and list(map(Tensor.data_ptr, offloaded)) == self._offloaded_addresses
+            and list(map(Tensor.data_ptr, self._offloaded(entries))) == self._offloaded_addresses
         )
 
     def _read_addresses(self) -> list[int]:
