@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from loft_kernels.adapters import Scaling
-from loft_kernels.plan import Moving, Pair, StepOptions
+from loft_kernels.plan import Moving, Pair, StepOptions, addresses_and_strides
 
 if TYPE_CHECKING:
     from loft_kernels.optimizer import LoFTAdamW
@@ -75,8 +75,7 @@ class Gathered:
         self._asked = (optimizer.backend, optimizer.precision)
         self._factors = [f for pair in pairs for f in (pair.b, pair.a)]
         self._params = [f.param for f in self._factors]
-        self._states = [optimizer.state.get(p) for p in self._params]
-        self._owned = [state for state in self._states if state]
+        self._owned = [s for p in self._params if (s := optimizer.state.get(p))]
         entries = [item for state in self._owned for item in state.items()]
         # Weakly: whoever exchanges state for a copy elsewhere is to get its memory back.
         self._entries = [_weak(value) for _, value in entries]
@@ -104,7 +103,7 @@ class Gathered:
         self._addresses = self._read_addresses()
         grads = [p.grad for p in self._params]
         self._kinds, self._grads_alike = _kinds(grads), _alike(grads)
-        addresses, self._strides = _addresses_and_strides(grads)
+        addresses, self._strides = addresses_and_strides(grads)
         self.moving: Moving = (addresses, self._strides, self._read_scalings())
         self._params_alike = _alike(self._params)
         self._seen = self._look()
@@ -214,7 +213,7 @@ class Gathered:
         """Return addresses and strides of gradients; None if one is of another kind."""
         if self._grads_alike(*grads):
             return list(map(Tensor.data_ptr, grads)), self._strides
-        return _addresses_and_strides(grads) if _kinds(grads) == self._kinds else None
+        return addresses_and_strides(grads) if _kinds(grads) == self._kinds else None
 
     def confirm(self, groups: list[dict[str, Any]]) -> Moving | None:
         """Look at scalings, rates and options after a glance; None if the pairs are to be checked.
@@ -288,14 +287,6 @@ def _alike(tensors: list[Any]) -> Callable[..., bool]:
 def _kinds(grads: list[Any]) -> list[Any]:
     """Name dtype, shape and device of every gradient; None where there is none."""
     return [None if g is None else (g.dtype, g.shape, g.device) for g in grads]
-
-
-def _addresses_and_strides(grads: list[Any]) -> tuple[list[int], list[Any]]:
-    """List where gradients are; 0 and () where there is none."""
-    return (
-        [0 if g is None else g.data_ptr() for g in grads],
-        [() if g is None else g.stride() for g in grads],
-    )
 
 
 def step_options(group: Mapping[str, Any]) -> StepOptions:

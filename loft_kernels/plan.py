@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,3 +102,11 @@ class Pair:
 # What changes from step to step: per factor, B and A of every pair in turn, the address of its
 # gradient (0 without one) and its strides (() without one); and per pair the scaling.
 Moving = tuple[list[Any], list[Any], list[float]]
+
+
+def addresses_and_strides(grads: Sequence[Tensor | None]) -> tuple[list[int], list[Any]]:
+    """List where gradients are, as in ``Moving``."""
+    return (
+        [0 if g is None else g.data_ptr() for g in grads],
+        [() if g is None else g.stride() for g in grads],
+    )

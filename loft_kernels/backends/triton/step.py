@@ -203,6 +203,7 @@ class LaunchPlan:
             whole = len(members) == 1
             own = [pairs[k] for k in places]
             buckets.append(Bucket(self, key, own, None if whole else sides, exact))
+        self._earlier = {}
         return buckets
 
     def outside(

@@ -16,7 +16,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from loft_kernels.plan import Factor, Moving, Pair
+from loft_kernels.plan import Factor, Moving, Pair, addresses_and_strides
 
 # Columns of the address table. Constexpr, so that kernels can use them as literals.
 PARAM = tl.constexpr(0)
@@ -112,11 +112,7 @@ def _addresses(factor: Factor, scaling: float) -> list[int]:
 def moving_entries(pairs: Sequence[Pair]) -> Moving:
     """List what changes from step to step; see ``plan.Moving``."""
     grads = [f.grad for pair in pairs for f in (pair.b, pair.a)]
-    return (
-        [0 if g is None else g.data_ptr() for g in grads],
-        [() if g is None else g.stride() for g in grads],
-        [pair.scaling for pair in pairs],
-    )
+    return (*addresses_and_strides(grads), [pair.scaling for pair in pairs])
 
 
 class AddressTable:
