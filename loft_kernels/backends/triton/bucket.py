@@ -356,7 +356,9 @@ class Bucket:
         tile, describe = self.layout.tile, self._descriptor
         widths = {"main": columns.main, "tail": columns.tail or 16, "halves": self.width}
         common |= {k: describe(partner, (tile.block_n, v)) for k, v in widths.items()}
-        if not (self.hopper and configs.resident(self.rank)):
+        if self.hopper and configs.resident(self.rank):
+            common["partner_ptr"] = partner
+        else:
             common |= {"centre_ptr": centre, "direction_ptr": direction}
             if self.wide:
                 common["residual_ptr"] = residual

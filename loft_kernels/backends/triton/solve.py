@@ -90,33 +90,36 @@ def _solve_kernel(
     gram += eye * live[:, None] * (tl.load(hyper_ptr + DAMPING) * trace / rank)
     length_sq = tl.sum(gram * eye, axis=0)
 
-    chol = tl.zeros((R, R), tl.float64)
-    inverse = tl.zeros((R, R), tl.float64)
+    # Every pivot is taken off all columns to come at once: `gram` becomes what is left of it, and a
+    # row of `inverse`, at first of the identity, what is left of it until it is a pivot's own.
+    inverse = eye
     left = tl.where(length_sq > 0, 1.0, 0.0).to(tl.float64)
     left = tl.where(o_r < rank, left, -1.0)
-    dropped = 0
+    kept = tl.zeros((R,), tl.int32)
     for _ in range(0, rank):
         j = tl.argmax(left, axis=0)
         keep = tl.max(left, axis=0) > _TOLERANCE
-        row = _pick_row(chol, j, o_r)
-        column = _pick_row(gram, j, o_r) - tl.sum(chol * row[None, :], axis=1)
-        column = tl.where(left >= 0, column, 0.0)
+        column = tl.where(left >= 0, _pick_row(gram, j, o_r), 0.0)
         pivot = tl.sum(tl.where(o_r == j, column, 0.0), axis=0)
         scale = tl.where(keep, 1.0 / tl.sqrt(tl.where(keep & (pivot > 0), pivot, 1.0)), 0.0)
-        solved = tl.where(o_r == j, 1.0, 0.0) - tl.sum(inverse * row[:, None], axis=0)
         column = column * scale
-        chol = tl.where(o_r[None, :] == j, column[:, None], chol)
-        inverse = tl.where(o_r[:, None] == j, (solved * scale)[None, :], inverse)
+        solved = _pick_row(inverse, j, o_r) * scale
+        gram -= column[:, None] * column[None, :]
+        is_j = o_r == tl.where(keep, j, -1)
+        inverse -= tl.where(is_j, 0.0, column)[:, None] * solved[None, :]
+        inverse = tl.where(is_j[:, None], solved[None, :], inverse)
+        kept = tl.where(is_j, 1, kept)
         left -= tl.where(
             length_sq > 0, column * column / tl.where(length_sq > 0, length_sq, 1.0), 0.0
         )
         left = tl.where(o_r == j, -1.0, left)
-        dropped += tl.where(keep, 0, 1)
 
-    if dropped > 0:
+    kept = kept != 0
+    # What is left of a dropped row d is e_d - Z_d.
+    z = tl.where(kept[:, None], 0.0, eye - inverse)
+    inverse = tl.where(kept[:, None], inverse, 0.0)
+    if tl.sum(kept.to(tl.int32), axis=0) < rank:
         # L^+ = M (I + Z^T Z)^-1 (I + Z^T), Z = L_dropped M; Gauss-Jordan, for I + Z^T Z >= I.
-        kept = tl.sum(chol * eye, axis=0) != 0
-        z = tl.dot(tl.where(kept[:, None], 0.0, chol), inverse, out_dtype=tl.float64)
         inner = eye + tl.dot(tl.trans(z), z, out_dtype=tl.float64)
         right = tl.where(kept[:, None], eye, 0.0) + tl.trans(z)
         for j in range(0, rank):

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -140,10 +141,40 @@ def _fetch(
 
 
 @gluon.jit
+def _copy(
+    row_ptr,
+    slots,
+    BLOCK_N: gl.constexpr,
+    MAIN: gl.constexpr,
+    TAIL: gl.constexpr,
+    R: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """Bring all operands of a tile, whose first row is given, to the first slot by plain loads."""
+    s_main, s_tail, s_high, s_low = slots
+    WIDTH: gl.constexpr = MAIN + TAIL + 2 * R
+    LANES: gl.constexpr = MAIN // 8
+    by_main: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [WARPS, 1], [1, 0])
+    by_16: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
+    o_row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, by_main))
+    o_k = gl.arange(0, MAIN, gl.SliceLayout(0, by_main))
+    s_main.index(0).store(gl.load(row_ptr + (o_row[:, None] * WIDTH + o_k[None, :])))
+    o_row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, by_16))
+    o_k = MAIN + gl.arange(0, 16, gl.SliceLayout(0, by_16))
+    row_ptr += o_row[:, None] * WIDTH + o_k[None, :]
+    if TAIL > 0:
+        s_tail.index(0).store(gl.load(row_ptr))
+    s_high.index(0).store(gl.load(row_ptr + TAIL))
+    s_low.index(0).store(gl.load(row_ptr + (TAIL + R)))
+    fence_async_shared()
+    tl.debug_barrier()
+
+
+@gluon.jit
 def _stream(
-    begin,
     tiles,
     o_partner,
+    partner_ptr,
     main,
     tail,
     halves,
@@ -162,6 +193,7 @@ def _stream(
 ):
     """Return D Q of some rows, over all tiles of partner rows."""
     WARPS: gl.constexpr = BLOCK_M // 16
+    WIDTH: gl.constexpr = MAIN + TAIL + 2 * R
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, R, 16])
     left_narrow: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
@@ -171,18 +203,26 @@ def _stream(
     main_full, tail_full, high_full, low_full = bars
     none = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, wide)
     projected = gl.zeros([BLOCK_M, R], gl.float32, narrow)
-    for first_tile in range(begin, tiles, FLUSH):
+    for first_tile in range(0, tiles, FLUSH):
         acc = warpgroup_mma_init(gl.zeros([BLOCK_M, R], gl.float32, narrow))
         for t in range(first_tile, gl.minimum(first_tile + FLUSH, tiles)):
             slot, phase = t % STAGES, (t // STAGES) & 1
-            mbarrier.wait(high_full.index(slot), phase)
+            if SECOND:
+                slot = 0
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                tl.debug_barrier()
+                row_ptr = partner_ptr + (o_partner + t * BLOCK_N).to(gl.int64) * WIDTH
+                _copy(row_ptr, slots, BLOCK_N, MAIN, TAIL, R, WARPS)
+            else:
+                mbarrier.wait(high_full.index(slot), phase)
             q = s_high.index(slot)
             q_t = q.permute((1, 0))
             m_tile = warpgroup_mma(m_high, q_t, none, use_acc=False, is_async=True)
             if SPLIT < 3:
                 m_tile = warpgroup_mma(m_low, q_t, m_tile, is_async=True)
             if SPLIT == 1:
-                mbarrier.wait(low_full.index(slot), phase)
+                if not SECOND:
+                    mbarrier.wait(low_full.index(slot), phase)
                 low_t = s_low.index(slot).permute((1, 0))
                 m_tile = warpgroup_mma(m_high, low_t, m_tile, is_async=True)
             dot = none
@@ -191,33 +231,36 @@ def _stream(
                 w_tile = warpgroup_mma(w, low_t, w_tile, is_async=True)
                 m_tile, w_tile, acc = warpgroup_mma_wait(0, deps=[m_tile, w_tile, acc])
                 dot = second_part(m_tile, w_tile, b, c)
-            mbarrier.wait(main_full.index(slot), phase)
+            else:
+                mbarrier.wait(main_full.index(slot), phase)
             main_t = s_main.index(slot).permute((1, 0))
             dot = warpgroup_mma(r_main, main_t, dot, use_acc=SECOND, is_async=True)
             if TAIL > 0:
-                mbarrier.wait(tail_full.index(slot), phase)
+                if not SECOND:
+                    mbarrier.wait(tail_full.index(slot), phase)
                 tail_t = s_tail.index(slot).permute((1, 0))
                 dot = warpgroup_mma(r_tail, tail_t, dot, is_async=True)
             m_tile, dot, acc = warpgroup_mma_wait(0, deps=[m_tile, dot, acc])
-            # All products of the tile before are done in every warp: its slot is free.
-            tl.debug_barrier()
-            ahead = t + STAGES - 1
-            _fetch(
-                ahead,
-                ahead < tiles,
-                o_partner,
-                main,
-                tail,
-                halves,
-                slots,
-                bars,
-                BLOCK_N,
-                MAIN,
-                TAIL,
-                SPLIT,
-                R,
-                STAGES,
-            )
+            if not SECOND:
+                # All products of the tile before are done in every warp: its slot is free.
+                tl.debug_barrier()
+                ahead = t + STAGES - 1
+                _fetch(
+                    ahead,
+                    ahead < tiles,
+                    o_partner,
+                    main,
+                    tail,
+                    halves,
+                    slots,
+                    bars,
+                    BLOCK_N,
+                    MAIN,
+                    TAIL,
+                    SPLIT,
+                    R,
+                    STAGES,
+                )
             v = guarded(m_tile, dot, a, floor)
             d = two_entries(m_tile, v, tl.broadcast_to(eps[:, None], m_tile.shape))
             d = gl.convert_layout(d, left_narrow)
@@ -235,6 +278,7 @@ def _update_hopper_kernel(
     numbers_ptr,
     inverse_ptr,
     pairs_ptr,
+    partner_ptr,
     main,
     tail,
     halves,
@@ -326,10 +370,14 @@ def _update_hopper_kernel(
         slots = (s_main, s_tail, s_high, s_low)
         o_partner = gl.load(row_ptr + PARTNER_ROW).to(gl.int32)
         tiles = (partner_rows.to(gl.int32) + BLOCK_N - 1) // BLOCK_N
+        # One of two loops runs. Two branches would cost the usual one more instructions, and so would
+        # fetches in both: descriptors would leave the uniform registers.
+        twofold = gl.where(second, tiles, 0)
+        onefold = tiles - twofold
         for stage in gl.static_range(STAGES - 1):
             _fetch(
                 stage,
-                stage < tiles,
+                stage < onefold,
                 o_partner,
                 main,
                 tail,
@@ -346,14 +394,12 @@ def _update_hopper_kernel(
 
         left_operands = (m_high, m_low, w, r_main, r_tail)
         of_rows = (a, b, c, floor, eps)
-        # One of two loops runs. Two branches would cost the usual one more instructions.
-        twofold = gl.where(second, tiles, 0)
         projected = gl.zeros([BLOCK_M, R], gl.float32, narrow)
         if SECOND:
             projected = _stream(
-                0,
                 twofold,
                 o_partner,
+                partner_ptr,
                 main,
                 tail,
                 halves,
@@ -371,9 +417,9 @@ def _update_hopper_kernel(
                 True,
             )
         projected += _stream(
-            twofold,
-            tiles,
+            onefold,
             o_partner,
+            partner_ptr,
             main,
             tail,
             halves,
