@@ -90,10 +90,11 @@ def compile_rows(capability: int, rank: int) -> None:
     common["BLOCK_R"] = min(width, configs.LARGEST_SQUARE)
     common["BLOCK"] = configs.SOLVE_ENTRIES // width
     wide = width > common["BLOCK_R"]
+    apart = common["BLOCK_R"] == configs.LARGEST_SQUARE
     row_warps = {"num_warps": tile.warps}
-    compile_kernel(_gram_wide_kernel if wide else _gram_kernel, capability, common, row_warps)
+    compile_kernel(_gram_wide_kernel if apart else _gram_kernel, capability, common, row_warps)
     solve = _solve_wide_kernel if wide else _solve_kernel
-    compile_kernel(solve, capability, common, {"num_warps": 4 if width <= 32 else 8})
+    compile_kernel(solve, capability, common, {"num_warps": 8 if wide else 4})
     compile_kernel(_basis_kernel, capability, common, row_warps)
     operands = {
         "BLOCK": configs.operand_rows(rank),
@@ -104,7 +105,7 @@ def compile_rows(capability: int, rank: int) -> None:
         "SPLIT": columns.split,
         "DTYPE": tl.float16,
     }
-    compile_kernel(_operands_kernel, capability, operands, {"num_warps": 4})
+    compile_kernel(_operands_kernel, capability, operands, {"num_warps": 4, "maxnreg": 128})
     rows = common | {
         "RANK": rank,
         "CHUNK": moments.chunk,
@@ -115,6 +116,7 @@ def compile_rows(capability: int, rank: int) -> None:
         "WIDTH": columns.width,
         "PRODUCTS": columns.products,
         "IDLE_ONLY": False,
+        "PREFETCH": capability == 90,
         "EXACT": False,
     }
     if capability == 90 and configs.broad(rank):
@@ -136,6 +138,7 @@ def compile_hot_loop(capability: int, rank: int, gluon: bool) -> None:
     widths = {"main": columns.main, "tail": columns.tail or 16, "halves": columns.half}
     hot = {
         "R": columns.half,
+        "RANK": rank,
         "MAIN": columns.main,
         "BLOCKS": columns.blocks,
         "TAIL": columns.tail,

@@ -21,7 +21,8 @@ from loft_kernels.backends.triton.configs import MomentTile, RowTile, UpdateTile
 
 HOPPER = configs.HOPPER
 PRESENT = configs.row_tile(HOPPER, 32)
-FAST, FASTER = RowTile(256, 32, 2), RowTile(512, 32, 4)
+FAST, FASTER = replace(PRESENT, warps=1), replace(PRESENT, chunk=1024)
+BROKEN = replace(PRESENT, chunk=256)
 WORDS = ["--shapes", "tiny", "--layers", "1", "--ranks", "32", "--stages", "rows", "--write"]
 
 
@@ -63,7 +64,7 @@ def chosen(rows: list[dict]) -> list[RowTile]:
 
 def test_the_fastest_valid_candidate_is_written(table, monkeypatch, tmp_path, capsys):
     before = json.loads(table.read_text())
-    times = {PRESENT: 1.0, FAST: 0.9, FASTER: 0.8, RowTile(128, 32, 4): RuntimeError("broken\nx")}
+    times = {PRESENT: 1.0, FAST: 0.9, FASTER: 0.8, BROKEN: RuntimeError("broken\nx")}
     rows = sweep_with(monkeypatch, tmp_path / "rows.jsonl", times)
     assert chosen(rows) == [FASTER]
     assert configs.row_tile(HOPPER, 32) == configs.row_tile(HOPPER, 17) == FASTER
@@ -78,8 +79,8 @@ def test_the_fastest_valid_candidate_is_written(table, monkeypatch, tmp_path, ca
     assert [row["error"] for row in rows if "error" in row] == ["RuntimeError: broken"]
     assert all({"commit", "gpu", "command", "architecture", "ranks"} <= row.keys() for row in rows)
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert told[0].startswith("   0.8000  chunk=512 block=32 warps=4  chosen")
-    assert told[-1].startswith("        -  chunk=128")
+    assert told[0].startswith("   0.8000  chunk=1024 block=16 warps=2  chosen")
+    assert told[-1].startswith("        -  chunk=256")
     assert told[-1].endswith("broken")
     assert len(told) == len(rows)
 
@@ -186,8 +187,8 @@ def test_candidates_change_one_thing_and_what_hangs_on_it(monkeypatch):
         UpdateTile(64, 64, 4, 3, None),
         UpdateTile(64, 64, 4, 3, 128),
     }
-    moments = tiles.candidates(tiles.Case("moments", "moments", 16, (16,)))
-    assert MomentTile(128, 16, 8, 16, 128, 4, 128) in moments
+    moments = tiles.candidates(tiles.Case("moments", "moments", 4, (4,)))
+    assert MomentTile(512, 32, 32, 32, 16, 4, 128) in moments
 
 
 def test_the_clock_takes_the_stage_and_runs_with_the_tile(table, monkeypatch):

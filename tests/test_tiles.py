@@ -19,9 +19,8 @@ from loft_kernels.backends.triton.configs import MomentTile, RowTile, UpdateTile
 ROOT = Path(__file__).parents[1]
 
 # By largest rank served. Every GPU takes the same tiles of rows and moments, but for what
-# capability 9.0 measured where it has kernels of its own.
-ROWS = {16: RowTile(512, 16, 1), 64: RowTile(256, 32, 4), 256: RowTile(512, 32, 4)}
-OWN_ROWS = {(9, 0): {**ROWS, 32: RowTile(256, 32, 4), 64: RowTile(512, 32, 4)}}
+# capability 9.0 measured where it has kernels or fetches of its own.
+ROWS = {16: RowTile(512, 16, 1), 64: RowTile(512, 16, 2), 256: RowTile(512, 32, 4)}
 MOMENTS = {
     4: MomentTile(512, 64, 64, 64, 16, 4, 128),
     8: MomentTile(512, 64, 16, 32, 64, 2, None),
@@ -31,7 +30,13 @@ MOMENTS = {
     128: MomentTile(64, 16, 1, 16, 256, 4, None),
     256: MomentTile(64, 16, 1, 16, 256, 8, None),
 }
-OWN_MOMENTS = {(9, 0): {**MOMENTS, 64: MomentTile(64, 64, 1, 16, 256, 4, None)}}
+OWN_MOMENTS = {
+    (9, 0): {
+        **MOMENTS,
+        16: MomentTile(128, 64, 8, 32, 128, 4, 128),
+        64: MomentTile(64, 64, 1, 16, 256, 4, None),
+    }
+}
 UPDATE = {
     (9, 0): {
         16: UpdateTile(64, 64, 4, 3, None),
@@ -62,7 +67,7 @@ def serving(table: dict, rank: int):
     ids=lambda c: f"{c[0]}.{c[1]}",
 )
 def test_every_gpu_gets_the_tiles_that_were_measured_or_the_defaults(capability, rank):
-    assert configs.row_tile(capability, rank) == serving(OWN_ROWS.get(capability, ROWS), rank)
+    assert configs.row_tile(capability, rank) == serving(ROWS, rank)
     assert configs.moment_tile(capability, rank) == serving(
         OWN_MOMENTS.get(capability, MOMENTS), rank
     )

@@ -13,7 +13,6 @@ import gc
 import warnings
 import weakref
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -371,25 +370,6 @@ def test_ranks_above_the_largest_are_left_to_the_reference_path():
         set_gradients(module, case, 0)
         pairs, _ = opt._gather(allocate=True)
         assert unsupported(pairs[0]) == reason
-
-
-def test_auto_leaves_ranks_that_no_gpu_has_checked_to_the_reference_path(monkeypatch):
-    """Nobody compared their steps with fp64 on a GPU: who wants the kernels names them."""
-    monkeypatch.setattr(backends, "triton_missing", lambda device: None)
-    for rank, by_itself in ((64, "triton"), (65, "reference")):
-        case = Case("checked", ((3, 5),), (rank,))
-        module, opt = build(case, "default")
-        set_gradients(module, case, 0)
-        pair = opt._gather(allocate=True)[0][0]
-        on_gpu = SimpleNamespace(
-            device=torch.device("cuda", 0), dtype=torch.float32, shape=pair.a.param.shape
-        )
-        factor = SimpleNamespace(param=on_gpu, grad=None)
-        pair = SimpleNamespace(name="far", options=pair.options, a=factor, b=factor)
-        assert backends.choose("triton", [pair]) == ("triton", "")
-        name, reason = backends.choose("auto", [pair])
-        assert name == by_itself
-        assert ("backend='triton' takes ranks up to 256" in reason) == (rank > 64)
 
 
 @pytest.mark.parametrize(

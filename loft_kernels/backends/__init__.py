@@ -138,7 +138,7 @@ def choose(backend: str, pairs: Sequence[Pair]) -> tuple[str, str]:
     from loft_kernels.backends.triton.step import unsupported
 
     for pair in pairs:
-        reason = unsupported(pair, asked=backend == "triton")
+        reason = unsupported(pair)
         if reason is not None:
             return "reference", f"{pair.name}: {reason}"
     return "triton", ""

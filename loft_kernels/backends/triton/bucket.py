@@ -150,6 +150,7 @@ class Bucket:
         """
         self._enter(moving)
         tiles, tile = self.layout.row_tiles, self._row_tile
+        apart = self.block == configs.LARGEST_SQUARE  # see `gram_wide`
         partial_sums = torch.empty(
             (len(tiles), 3, self.width, self.width), dtype=torch.float64, device=self.device
         )
@@ -157,15 +158,15 @@ class Bucket:
             "gram",
             {"table_ptr": self.table, "partial_ptr": partial_sums},
             lambda: Launch(
-                _gram_wide_kernel if self.wide else _gram_kernel,
-                len(tiles) * (3 * self.blocks**2 if self.wide else 1),
+                _gram_wide_kernel if apart else _gram_kernel,
+                len(tiles) * (3 * self.blocks**2 if apart else 1),
                 {"num_warps": tile.warps},
                 {
                     "tiles_ptr": tiles,
                     "rank": self.rank,
                     "CHUNK": tile.chunk,
                     "BLOCK_N": tile.block,
-                    **({"BLOCK_R": self.block} if self.wide else {}),
+                    **({"BLOCK_R": self.block} if apart else {}),
                     "R": self.width,
                     "PARAM_DTYPE": DTYPES[self.param_dtype],
                     "GRAD_DTYPE": DTYPES[self.grad_dtype],
@@ -211,7 +212,7 @@ class Bucket:
             lambda: Launch(
                 _solve_wide_kernel if self.wide else _solve_kernel,
                 self.sides,
-                {"num_warps": 4 if self.width <= 32 else 8},
+                {"num_warps": 8 if self.wide else 4},
                 {
                     "rank": self.rank,
                     **({"BLOCK": configs.SOLVE_ENTRIES // self.width} if self.wide else {}),
@@ -310,6 +311,7 @@ class Bucket:
                 "GRAD_DTYPE": DTYPES[self.grad_dtype],
                 "IDLE_ONLY": self.broad,
                 "EXACT": self.exact,
+                "PREFETCH": self._capability[0] == 9 and self.rank <= 32,
             },
         )
 
@@ -379,7 +381,7 @@ class Bucket:
         return Launch(
             _operands_kernel,
             len(part.operand_tiles),
-            {"num_warps": 4},
+            self._options(4, 128),
             {
                 "tiles_ptr": part.operand_tiles,
                 "pairs_ptr": self.pair_table,
@@ -437,7 +439,7 @@ class Bucket:
             if resident:
                 kernel = _update_hopper_kernel
                 fixed |= {"pairs_ptr": self.pair_table, "MAIN": columns.main}
-                fixed["SPLIT"] = columns.split
+                fixed |= {"SPLIT": columns.split, "RANK": fixed.pop("rank")}
             else:
                 kernel = _update_hopper_wide_kernel
                 fixed["BLOCKS"] = columns.blocks

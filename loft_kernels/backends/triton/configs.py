@@ -23,9 +23,6 @@ from loft_kernels.backends.triton.packing import packing
 # The largest rank that there are tiles for: a row of P has 32,896 entries there.
 MAX_RANK = 256
 
-# The largest rank whose steps have been compared with fp64 on a GPU: `backend="auto"` stops there.
-CHECKED_RANK = 64
-
 # The largest square that a program of the row-wise kernels holds; wider ones are cut into blocks.
 LARGEST_SQUARE = 64
 

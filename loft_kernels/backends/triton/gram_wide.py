@@ -1,4 +1,7 @@
-"""``gram`` above rank 64: a program has one block of one of the three sums of a chunk of rows."""
+"""``gram`` above rank 32: a program has one block of one of the three sums of a chunk of rows.
+
+Three sums of 64 x 64 fp64 numbers do not fit the registers of one program.
+"""
 
 from __future__ import annotations
 

@@ -191,6 +191,39 @@ def _packed_rows(
 
 
 @triton.jit
+def _prefetch(address, size):
+    """Have the L2 cache fetch bytes of global memory; address and size are multiples of 16."""
+    tl.inline_asm_elementwise(
+        """
+        {
+        .reg .pred first;
+        .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 first, thread, 0;
+        @first cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }
+        """,
+        "=r,l,r",
+        [address, size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _prefetch_rows(p_ptr, rows, RANK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Ask for P of the next rows, as far as they go."""
+    PACKED: tl.constexpr = (RANK * (RANK + 1)) // 2
+    size = tl.minimum(tl.maximum(rows, 0), BLOCK_M).to(tl.int32) * (4 * PACKED)
+    address = p_ptr.to(tl.int64, bitcast=True)
+    size = tl.where(address % 16 == 0, size - size % 16, 0)
+    if size > 0:
+        _prefetch(address, size)
+
+
+@triton.jit
 def _advance_rows(
     row_ptr,
     start,
@@ -208,6 +241,7 @@ def _advance_rows(
     GRAD_DTYPE: tl.constexpr,
     CARRY: tl.constexpr,
     EXACT: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """Advance m and P of up to CHUNK rows of a side, and carry them over if asked."""
     rows = tl.load(row_ptr + ROWS)
@@ -226,7 +260,13 @@ def _advance_rows(
     packed_change = 0.0
     if CARRY and RANK <= 8:
         packed_change = _packed_change(c_ptr, RANK, R, COLUMNS_P)
-    for first in range(start, tl.minimum(start + CHUNK, rows), BLOCK_M):
+    if PREFETCH:
+        _prefetch_rows(p_ptr, rows - start, RANK, BLOCK_M)
+    end = tl.minimum(start + CHUNK, rows)
+    for first in range(start, end, BLOCK_M):
+        if PREFETCH:
+            p_next = p_ptr + BLOCK_M * ((RANK * (RANK + 1)) // 2)
+            _prefetch_rows(p_next, end - first - BLOCK_M, RANK, BLOCK_M)
         live = tl.minimum(rows - first, BLOCK_M).to(tl.int32)
         if R > 64:
             m_row = (o_local[:, None] < live) & (o_r[None, :] < RANK)
@@ -307,6 +347,7 @@ def _moments_kernel(
     GRAD_DTYPE: tl.constexpr,
     IDLE_ONLY: tl.constexpr,
     EXACT: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     i_tile = tl.program_id(0).to(tl.int64)
     side = tl.load(tiles_ptr + 2 * i_tile).to(tl.int64)
@@ -340,6 +381,7 @@ def _moments_kernel(
                 GRAD_DTYPE,
                 True,
                 EXACT,
+                PREFETCH,
             )
         else:
             _advance_rows(
@@ -359,4 +401,5 @@ def _moments_kernel(
                 GRAD_DTYPE,
                 False,
                 EXACT,
+                PREFETCH,
             )

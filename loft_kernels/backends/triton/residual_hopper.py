@@ -38,7 +38,7 @@ def _gathered(w, pairs_ptr, o_row, o_k, rank):
 
 
 @gluon.jit
-def _second_rows(
+def second_residual_rows(
     row_ptr,
     pairs_ptr,
     start,
@@ -53,7 +53,7 @@ def _second_rows(
     MAIN: gl.constexpr,
     TAIL: gl.constexpr,
 ):
-    """Return what ``residual_rows`` does, anew for a second centre; see ``residual``.
+    """Return what ``residual_rows`` does, with a second centre; see ``residual``.
 
     Few blocks come here: all is loaded again, so that the others keep nothing for it.
     """
@@ -126,29 +126,27 @@ def _second_rows(
 
 
 @gluon.jit
-def residual_rows(
+def centred_rows(
     row_ptr,
     pairs_ptr,
     start,
     rank,
     unbias1,
     unbias2,
-    eps,
     BLOCK_M: gl.constexpr,
     BY_MAIN: gl.constexpr,
     BY_16: gl.constexpr,
-    WIDE: gl.constexpr,
     MAIN: gl.constexpr,
     TAIL: gl.constexpr,
     SECOND: gl.constexpr,
 ):
-    """Form the centred second moment of some rows in two blocks, as left operands of products.
+    """Load P of some rows and centre it along m.
 
-    Before it: whether there is a second centre, a, 2 b and c as rows of a tile have them (2 b and c
-    with all scales, 0 without a second centre), sigma^2 in the rows of BY_16 and w.
+    Returns:
+        Whether a second centre is asked for (never without SECOND), and what `residual_rows` takes:
+        P, m^T m and weights of both blocks of packed entries, a and sigma^2 in the rows of BY_MAIN.
     """
     rowwise16: gl.constexpr = gl.SliceLayout(1, BY_16)
-    left_wide: gl.constexpr = gl.DotOperandLayout(0, WIDE, 2)
     m_ptr = gl.load(row_ptr + EXP_AVG).to(gl.pointer_type(gl.float32))
     p_ptr = gl.load(row_ptr + SECOND_MOMENT).to(gl.pointer_type(gl.float32))
     m_ptr, p_ptr, left = from_row(m_ptr, p_ptr, gl.load(row_ptr + ROWS), start, rank)
@@ -157,60 +155,65 @@ def residual_rows(
     o_16 = gl.arange(0, 16, gl.SliceLayout(0, BY_16))
     diagonal = diagonal_of(p_ptr, o_row16 < left, o_row16, o_16, rank) * unbias2
     unit16 = unit_of(diagonal)
+    trace = gl.sum(diagonal, axis=1) * unit16
     m_sq = norm_sq_of(m_ptr, o_row16 < left, o_row16, o_16, rank, unbias1, unit16)
     unit = gl.convert_layout(unit16, rowwise)
     m_sq = gl.convert_layout(m_sq, rowwise)
     o_row = gl.arange(0, BLOCK_M, rowwise)
     o_k = gl.arange(0, MAIN, gl.SliceLayout(0, BY_MAIN))
-    p, m_m, weight = moment_entries(
-        m_ptr, p_ptr, pairs_ptr, o_row, left, o_k, rank, unbias1, unbias2
-    )
-    weight = weight[None, :]
-    p_sq, mpm = sums_of(p, m_m, weight, unit)
+    main = moment_entries(m_ptr, p_ptr, pairs_ptr, o_row, left, o_k, rank, unbias1, unbias2)
+    p, m_m, weight = main
+    p_sq, mpm = sums_of(p, m_m, weight[None, :], unit)
+    tail = main
     if TAIL > 0:
-        p_t, m_m_t, weight_t = moment_entries(
-            m_ptr, p_ptr, pairs_ptr, o_row16, left, MAIN + o_16, rank, unbias1, unbias2
-        )
-        weight_t = weight_t[None, :]
-        more = sums_of(p_t, m_m_t, weight_t, unit16)
+        o_k = MAIN + o_16
+        tail = moment_entries(m_ptr, p_ptr, pairs_ptr, o_row16, left, o_k, rank, unbias1, unbias2)
+        p_t, m_m_t, weight_t = tail
+        more = sums_of(p_t, m_m_t, weight_t[None, :], unit16)
         p_sq += gl.convert_layout(more[0], rowwise)
         mpm += gl.convert_layout(more[1], rowwise)
     a, r_sq = first_centre(p_sq, mpm, m_sq)
-    sigma_sq = sigma_sq_of(r_sq, unit)
+    second = left < 0
+    if SECOND:
+        limit = gl.convert_layout(trace_limit(p_sq, r_sq, a, m_sq), rowwise16)
+        second = enough(trace < limit, gl.minimum(left, BLOCK_M))
+    return second, (main, tail, a, sigma_sq_of(r_sq, unit))
+
+
+@gluon.jit
+def residual_rows(
+    row_ptr,
+    centred,
+    eps,
+    BLOCK_M: gl.constexpr,
+    BY_MAIN: gl.constexpr,
+    BY_16: gl.constexpr,
+    WIDE: gl.constexpr,
+    TAIL: gl.constexpr,
+):
+    """Form the centred second moment of some rows in two blocks, as left operands of products.
+
+    Before it: a, 2 b and c as rows of a tile have them (2 b and c with all scales, 0 without a
+    second centre), sigma^2 in the rows of BY_16 and w.
+    """
+    rowwise16: gl.constexpr = gl.SliceLayout(1, BY_16)
+    of_tile: gl.constexpr = gl.SliceLayout(1, WIDE)
+    left_wide: gl.constexpr = gl.DotOperandLayout(0, WIDE, 2)
+    main, tail, a, sigma_sq = centred
+    p, m_m, weight = main
     shrink = shrink_of(eps * gl.sqrt(sigma_sq))
     counts = sigma_sq * shrink * shrink * residual_weight(row_ptr)
-    r_main = (p - a[:, None] * m_m) * (counts[:, None] * weight)
+    r_main = (p - a[:, None] * m_m) * (counts[:, None] * weight[None, :])
     r_main = gl.convert_layout(r_main.to(gl.float16), left_wide)
     r_tail = r_main
     if TAIL > 0:
-        counts16 = gl.convert_layout(counts, rowwise16)
-        r_tail = p_t - gl.convert_layout(a, rowwise16)[:, None] * m_m_t
-        r_tail = (r_tail * (counts16[:, None] * weight_t)).to(gl.float16)
+        p, m_m, weight = tail
+        counts = gl.convert_layout(counts, rowwise16)
+        r_tail = p - gl.convert_layout(a, rowwise16)[:, None] * m_m
+        r_tail = (r_tail * (counts[:, None] * weight[None, :])).to(gl.float16)
         r_tail = gl.convert_layout(r_tail, left_wide)
-    limit = gl.convert_layout(trace_limit(p_sq, r_sq, a, m_sq), rowwise16)
-    a = gl.convert_layout(a, gl.SliceLayout(1, WIDE))
+    a = gl.convert_layout(a, of_tile)
     sigma_sq = gl.convert_layout(sigma_sq, rowwise16)
-    b = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, WIDE))
-    c = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, WIDE))
+    none = gl.zeros([BLOCK_M], gl.float32, of_tile)
     w = gl.zeros([BLOCK_M, 16], gl.float16, left_wide)
-    second = left < 0
-    if SECOND:
-        asking = gl.sum(diagonal, axis=1) * unit16 < limit
-        second = enough(asking, gl.minimum(left, BLOCK_M))
-        if second:
-            a, b, c, sigma_sq, w, r_main, r_tail = _second_rows(
-                row_ptr,
-                pairs_ptr,
-                start,
-                rank,
-                unbias1,
-                unbias2,
-                eps,
-                BLOCK_M,
-                BY_MAIN,
-                BY_16,
-                WIDE,
-                MAIN,
-                TAIL,
-            )
-    return second, a, b, c, sigma_sq, w, r_main, r_tail
+    return a, none, none, sigma_sq, w, r_main, r_tail

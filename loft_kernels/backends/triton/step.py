@@ -21,13 +21,8 @@ from loft_kernels.backends.triton.layout import Layout, new_layout, signature, s
 from loft_kernels.plan import Moving, Pair
 
 
-def unsupported(pair: Pair, *, asked: bool = True) -> str | None:
-    """Say why these kernels do not serve a pair, or None if they do.
-
-    Args:
-        pair: the pair.
-        asked: whether the user named this backend; if not, ranks that no GPU has checked are left.
-    """
+def unsupported(pair: Pair) -> str | None:
+    """Say why these kernels do not serve a pair, or None if they do."""
     options = pair.options
     if options.second_moment != "full" or not options.calibrate:
         return "second_moment='diagonal' and calibrate=False are ablations of the reference path"
@@ -37,11 +32,6 @@ def unsupported(pair: Pair, *, asked: bool = True) -> str | None:
     rank = pair.a.param.shape[0]
     if rank > configs.MAX_RANK:
         return f"rank {rank} is above {configs.MAX_RANK}"
-    if rank > configs.CHECKED_RANK and not asked:
-        return (
-            f"rank {rank} is above {configs.CHECKED_RANK}, up to which the kernels were compared "
-            f"with fp64 on a GPU; backend='triton' takes ranks up to {configs.MAX_RANK}"
-        )
     grads = {f.grad.dtype for f in (pair.b, pair.a) if f.grad is not None}
     kinds = {pair.b.param.dtype, pair.a.param.dtype}
     if len(kinds) > 1 or len(grads) > 1 or not (kinds | grads) <= DTYPES.keys():

@@ -27,7 +27,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from loft_kernels.backends.triton.centre import shrink_of
 from loft_kernels.backends.triton.operands import load_half, scale_of
-from loft_kernels.backends.triton.residual_hopper import residual_rows
+from loft_kernels.backends.triton.residual_hopper import (
+    centred_rows,
+    residual_rows,
+    second_residual_rows,
+)
 from loft_kernels.backends.triton.tables import (
     BIAS1,
     BIAS2,
@@ -270,6 +274,134 @@ def _stream(
 
 
 @gluon.jit
+def _move_block(
+    of_block,
+    of_step,
+    residual,
+    operands,
+    SIZES: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_MASTER: gl.constexpr,
+    PARAM_DTYPE: gl.constexpr,
+    SECOND: gl.constexpr,
+):
+    """Move a block of rows, given their residual with one centre or two."""
+    BLOCK_M: gl.constexpr = SIZES[0]
+    BLOCK_N: gl.constexpr = SIZES[1]
+    R: gl.constexpr = SIZES[2]
+    MAIN: gl.constexpr = SIZES[3]
+    TAIL: gl.constexpr = SIZES[4]
+    SPLIT: gl.constexpr = SIZES[5]
+    WARPS: gl.constexpr = BLOCK_M // 16
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, R, 16])
+    left_wide: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    by_16: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
+    table_ptr, hyper_ptr, inverse_ptr, side, start, rank = of_block
+    unbias1, floor, eps, tau, partner_rows = of_step
+    a, b, c, sigma_sq, w, r_main, r_tail = residual
+    partner_ptr, main, tail, halves = operands
+    row_ptr = table_ptr + side * COLUMNS
+    rows = gl.load(row_ptr + ROWS)
+
+    # sigma m in two halves, in registers too.
+    m_ptr = gl.load(row_ptr + EXP_AVG).to(gl.pointer_type(gl.float32))
+    m_ptr, left = m_ptr + start * rank, (rows - start).to(gl.int32)
+    o_row16 = gl.arange(0, BLOCK_M, gl.SliceLayout(1, by_16))
+    o_16 = gl.arange(0, 16, gl.SliceLayout(0, by_16))
+    scale = gl.sqrt(sigma_sq)[:, None] * unbias1
+    m_high, m_low, part = load_half(m_ptr, o_row16, left, o_16, rank, scale, SPLIT, gl.float16)
+    if SPLIT == 3:
+        m_high = gl.where((part == 1)[None, :], m_low, m_high)
+    if SPLIT == 2:
+        m_low = gl.where((part == 0)[None, :], m_low, gl.full_like(m_low, 0.0))
+    m_high = gl.convert_layout(m_high, left_wide)
+    m_low = gl.convert_layout(m_low, left_wide)
+    eps = eps * gl.convert_layout(gl.sqrt(sigma_sq), gl.SliceLayout(1, wide))
+    shrink = shrink_of(eps)
+    a, floor, eps = a * shrink * shrink, floor * shrink * shrink, eps * shrink
+    shrink = gl.convert_layout(shrink, gl.SliceLayout(1, narrow))
+
+    s_main = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, MAIN], main.layout)
+    s_high = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, R], halves.layout)
+    s_tail, s_low = s_main, s_high
+    if TAIL > 0:
+        s_tail = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, TAIL], tail.layout)
+    if SPLIT == 1:
+        s_low = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, R], halves.layout)
+    one: gl.constexpr = mbarrier.MBarrierLayout()
+    main_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+    tail_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+    high_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+    low_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
+    bars = (main_full, tail_full, high_full, low_full)
+    slots = (s_main, s_tail, s_high, s_low)
+    o_partner = gl.load(row_ptr + PARTNER_ROW).to(gl.int32)
+    tiles = (partner_rows.to(gl.int32) + BLOCK_N - 1) // BLOCK_N
+    if not SECOND:
+        for operand in gl.static_range(4):
+            for stage in gl.static_range(STAGES):
+                mbarrier.init(bars[operand].index(stage), count=1)
+        for stage in gl.static_range(STAGES - 1):
+            _fetch(
+                stage,
+                stage < tiles,
+                o_partner,
+                main,
+                tail,
+                halves,
+                slots,
+                bars,
+                BLOCK_N,
+                MAIN,
+                TAIL,
+                SPLIT,
+                R,
+                STAGES,
+            )
+    projected = _stream(
+        tiles,
+        o_partner,
+        partner_ptr,
+        main,
+        tail,
+        halves,
+        slots,
+        bars,
+        (m_high, m_low, w, r_main, r_tail),
+        (a, b, c, floor, eps),
+        BLOCK_M,
+        BLOCK_N,
+        R,
+        MAIN,
+        TAIL,
+        SPLIT,
+        STAGES,
+        SECOND,
+    )
+    projected *= shrink[:, None]
+    if not SECOND:
+        for operand in gl.static_range(4):
+            for stage in gl.static_range(STAGES):
+                mbarrier.invalidate(bars[operand].index(stage))
+    project_back(
+        row_ptr,
+        hyper_ptr,
+        inverse_ptr,
+        side,
+        projected,
+        tau,
+        start,
+        rows,
+        rank,
+        BLOCK_M,
+        R,
+        HAS_MASTER,
+        PARAM_DTYPE,
+    )
+
+
+@gluon.jit
 def _update_hopper_kernel(
     table_ptr,
     tiles_ptr,
@@ -282,7 +414,7 @@ def _update_hopper_kernel(
     main,
     tail,
     halves,
-    rank,
+    RANK: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     R: gl.constexpr,
@@ -300,158 +432,72 @@ def _update_hopper_kernel(
     row_ptr = table_ptr + side * COLUMNS
     if (gl.load(numbers_ptr + side * NUMBERS + MOVES) != 0) & (gl.load(decision_ptr + SKIP) == 0):
         wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
-        narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, R, 16])
-        left_wide: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
         LANES: gl.constexpr = MAIN // 4 if MAIN < 128 else 32
         by_main: gl.constexpr = gl.BlockedLayout([1, 4], [32 // LANES, LANES], [WARPS, 1], [1, 0])
         by_16: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
-        SECOND: gl.constexpr = SPLIT == 1  # above rank 8
-        rows = gl.load(row_ptr + ROWS)
         partner_rows = gl.load(table_ptr + (side ^ 1) * COLUMNS + ROWS)
         unbias1 = 1.0 / gl.load(numbers_ptr + side * NUMBERS + BIAS1).to(gl.float32)
         unbias2 = 1.0 / gl.load(numbers_ptr + side * NUMBERS + BIAS2).to(gl.float32)
         floor = (1.0 / gl.load(numbers_ptr + side * NUMBERS + BOUND)).to(gl.float32)
-        m_ptr = gl.load(row_ptr + EXP_AVG).to(gl.pointer_type(gl.float32))
-        m_ptr, left = m_ptr + start * rank, (rows - start).to(gl.int32)
-        tau = scale_of(partner_rows, rank)
+        tau = scale_of(partner_rows, RANK)
+        eps = gl.load(hyper_ptr + EPS).to(gl.float32) * tau
+        of_block = (table_ptr, hyper_ptr, inverse_ptr, side, start, RANK)
+        of_step = (unbias1, floor, eps, tau, partner_rows)
 
         # The rows' residual, in registers.
-        eps = gl.load(hyper_ptr + EPS).to(gl.float32) * tau
-        second, a, b, c, sigma_sq, w, r_main, r_tail = residual_rows(
+        SECOND: gl.constexpr = SPLIT == 1  # above rank 8
+        second, centred = centred_rows(
             row_ptr,
             pairs_ptr,
             start,
-            rank,
+            RANK,
             unbias1,
             unbias2,
-            eps,
             BLOCK_M,
             by_main,
             by_16,
-            wide,
             MAIN,
             TAIL,
             SECOND,
         )
-        rowwise16: gl.constexpr = gl.SliceLayout(1, by_16)
-        o_row16 = gl.arange(0, BLOCK_M, rowwise16)
-        o_16 = gl.arange(0, 16, gl.SliceLayout(0, by_16))
-
-        # sigma m in two halves, in registers too.
-        scale = gl.sqrt(sigma_sq)[:, None] * unbias1
-        m_high, m_low, part = load_half(m_ptr, o_row16, left, o_16, rank, scale, SPLIT, gl.float16)
-        if SPLIT == 3:
-            m_high = gl.where((part == 1)[None, :], m_low, m_high)
-        if SPLIT == 2:
-            m_low = gl.where((part == 0)[None, :], m_low, gl.full_like(m_low, 0.0))
-        m_high = gl.convert_layout(m_high, left_wide)
-        m_low = gl.convert_layout(m_low, left_wide)
-        eps = eps * gl.convert_layout(gl.sqrt(sigma_sq), gl.SliceLayout(1, wide))
-        shrink = shrink_of(eps)
-        a, floor, eps = a * shrink * shrink, floor * shrink * shrink, eps * shrink
-        shrink = gl.convert_layout(shrink, gl.SliceLayout(1, narrow))
-
-        s_main = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, MAIN], main.layout)
-        s_high = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, R], halves.layout)
-        s_tail, s_low = s_main, s_high
-        if TAIL > 0:
-            s_tail = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, TAIL], tail.layout)
-        if SPLIT == 1:
-            s_low = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N, R], halves.layout)
-        one: gl.constexpr = mbarrier.MBarrierLayout()
-        main_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-        tail_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-        high_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-        low_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], one)
-        bars = (main_full, tail_full, high_full, low_full)
-        for operand in gl.static_range(4):
-            for stage in gl.static_range(STAGES):
-                mbarrier.init(bars[operand].index(stage), count=1)
-        slots = (s_main, s_tail, s_high, s_low)
-        o_partner = gl.load(row_ptr + PARTNER_ROW).to(gl.int32)
-        tiles = (partner_rows.to(gl.int32) + BLOCK_N - 1) // BLOCK_N
-        # One of two loops runs. Two branches would cost the usual one more instructions, and so would
-        # fetches in both: descriptors would leave the uniform registers.
-        twofold = gl.where(second, tiles, 0)
-        onefold = tiles - twofold
-        for stage in gl.static_range(STAGES - 1):
-            _fetch(
-                stage,
-                stage < onefold,
-                o_partner,
-                main,
-                tail,
-                halves,
-                slots,
-                bars,
-                BLOCK_N,
-                MAIN,
-                TAIL,
-                SPLIT,
-                R,
-                STAGES,
-            )
-
-        left_operands = (m_high, m_low, w, r_main, r_tail)
-        of_rows = (a, b, c, floor, eps)
-        projected = gl.zeros([BLOCK_M, R], gl.float32, narrow)
+        operands = (partner_ptr, main, tail, halves)
+        SIZES: gl.constexpr = (BLOCK_M, BLOCK_N, R, MAIN, TAIL, SPLIT)
+        # All of it in two branches, so that the usual one keeps nothing for the other.
         if SECOND:
-            projected = _stream(
-                twofold,
-                o_partner,
-                partner_ptr,
-                main,
-                tail,
-                halves,
-                slots,
-                bars,
-                left_operands,
-                of_rows,
-                BLOCK_M,
-                BLOCK_N,
-                R,
-                MAIN,
-                TAIL,
-                SPLIT,
-                STAGES,
-                True,
+            if second:
+                twofold = second_residual_rows(
+                    row_ptr,
+                    pairs_ptr,
+                    start,
+                    RANK,
+                    unbias1,
+                    unbias2,
+                    eps,
+                    BLOCK_M,
+                    by_main,
+                    by_16,
+                    wide,
+                    MAIN,
+                    TAIL,
+                )
+                _move_block(
+                    of_block, of_step, twofold, operands, SIZES, 1, HAS_MASTER, PARAM_DTYPE, True
+                )
+            else:
+                usual = residual_rows(row_ptr, centred, eps, BLOCK_M, by_main, by_16, wide, TAIL)
+                _move_block(
+                    of_block,
+                    of_step,
+                    usual,
+                    operands,
+                    SIZES,
+                    STAGES,
+                    HAS_MASTER,
+                    PARAM_DTYPE,
+                    False,
+                )
+        else:
+            usual = residual_rows(row_ptr, centred, eps, BLOCK_M, by_main, by_16, wide, TAIL)
+            _move_block(
+                of_block, of_step, usual, operands, SIZES, STAGES, HAS_MASTER, PARAM_DTYPE, False
             )
-        projected += _stream(
-            onefold,
-            o_partner,
-            partner_ptr,
-            main,
-            tail,
-            halves,
-            slots,
-            bars,
-            left_operands,
-            of_rows,
-            BLOCK_M,
-            BLOCK_N,
-            R,
-            MAIN,
-            TAIL,
-            SPLIT,
-            STAGES,
-            False,
-        )
-        projected *= shrink[:, None]
-        for operand in gl.static_range(4):
-            for stage in gl.static_range(STAGES):
-                mbarrier.invalidate(bars[operand].index(stage))
-        project_back(
-            row_ptr,
-            hyper_ptr,
-            inverse_ptr,
-            side,
-            projected,
-            tau,
-            start,
-            rows,
-            rank,
-            BLOCK_M,
-            R,
-            HAS_MASTER,
-            PARAM_DTYPE,
-        )
