@@ -99,6 +99,12 @@ class Bucket:
         self._table = tables.AddressTable(rows, plan.device)
         self._values: list[float] = []
         self._launch = Launcher()
+        # Every step writes them anew, and none reads what another left.
+        self.numbers: Tensor  # the bucket's part of the per-side numbers
+        square = (self.sides, self.width, self.width)
+        self.inverse = torch.empty(square, dtype=torch.float64, device=self.device)
+        self.change = torch.empty(square, dtype=torch.float32, device=self.device)
+        self.changed = torch.empty(self.sides, dtype=torch.int32, device=self.device)
 
     @property
     def options(self) -> StepOptions:
@@ -174,25 +180,16 @@ class Bucket:
         )
         return partial_sums
 
-    def solve(
-        self, moving: Moving, partial_sums: Tensor, numbers: Tensor, max_norm: float | None
-    ) -> None:
+    def solve(self, moving: Moving, partial_sums: Tensor, max_norm: float | None) -> None:
         """Find per side the inverse, the transition and the norm.
 
         Args:
             moving: of the step.
             partial_sums: see :meth:`gram`.
-            numbers: the bucket's part of the per-side numbers; written by `solve` and `basis`.
             max_norm: largest norm of all projected gradients, or None.
         """
         self._enter(moving)
         self._bring_hyper(max_norm)
-        self.numbers = numbers
-        empty = partial(torch.empty, device=self.device)
-        square = (self.sides, self.width, self.width)
-        self.inverse = empty(square, dtype=torch.float64)
-        self.change = empty(square, dtype=torch.float32)
-        self.changed = empty(self.sides, dtype=torch.int32)
         launched = {
             "table_ptr": self.table,
             "partial_ptr": partial_sums,
@@ -204,7 +201,7 @@ class Bucket:
         }
         if self.wide:
             shape = (self.sides, SQUARES.value, self.width, self.width)
-            launched["squares_ptr"] = empty(shape, dtype=torch.float64)
+            launched["squares_ptr"] = torch.empty(shape, dtype=torch.float64, device=self.device)
         self._launch(
             "solve",
             launched,
@@ -268,8 +265,21 @@ class Bucket:
     def write(self, decision: Tensor) -> None:
         """Advance the moments and move the factors."""
         self._advance(decision)
+        columns, rows = self.packing, self.layout.residual_rows
+        empty = partial(
+            torch.empty,
+            dtype=torch.float32 if self.exact else torch.float16,
+            device=self.device,
+        )
+        workspace = {
+            "partner_ptr": empty((self.layout.partner_rows, columns.width)),
+            # A descriptor needs an address even where nothing is behind it.
+            "residual_ptr": empty((max(1, rows), columns.products)),
+            "centre_ptr": torch.empty((rows, 4), dtype=torch.float32, device=self.device),
+            "direction_ptr": empty((rows, columns.half)),
+        }
         for index, part in enumerate(self.layout.parts):
-            self._move(index, part, decision)
+            self._move(index, part, decision, workspace)
 
     def _advance(self, decision: Tensor) -> None:
         """Advance the moments."""
@@ -317,32 +327,16 @@ class Bucket:
         """Return compiler options; the interpreter knows no registers."""
         return {"num_warps": warps, "maxnreg": registers if self.cuda else None}
 
-    def _move(self, index: int, part: Part, decision: Tensor) -> None:
-        """Write the operands of some pairs and move their factors."""
+    def _move(self, index: int, part: Part, decision: Tensor, workspace: dict[str, Tensor]) -> None:
+        """Write the operands of some pairs into workspace and move their factors."""
         columns = self.packing
-        empty = partial(
-            torch.empty,
-            dtype=torch.float32 if self.exact else torch.float16,
-            device=self.device,
-        )
-        partner = empty((part.partner_rows, columns.width))
-        # A descriptor needs an address even where nothing is behind it.
-        residual = empty((max(1, part.residual_rows), columns.products))
-        centre = torch.empty((part.residual_rows, 4), dtype=torch.float32, device=self.device)
-        direction = empty((part.residual_rows, columns.half))
+        partner, residual = workspace["partner_ptr"], workspace["residual_ptr"]
         common: dict[str, Any] = {
             "table_ptr": self.table,
             "decision_ptr": decision,
             "numbers_ptr": self.numbers,
         }
-        written = {
-            **common,
-            "hyper_ptr": self.hyper,
-            "partner_ptr": partner,
-            "residual_ptr": residual,
-            "centre_ptr": centre,
-            "direction_ptr": direction,
-        }
+        written = {**common, "hyper_ptr": self.hyper, **workspace}
         if self.broad:
             written |= {
                 "inverse_ptr": self.inverse,
@@ -357,7 +351,7 @@ class Bucket:
         widths = {"main": columns.main, "tail": columns.tail or 16, "halves": self.width}
         common |= {k: describe(partner, (tile.block_n, v)) for k, v in widths.items()}
         if not (self.hopper and configs.resident(self.rank)):
-            common |= {"centre_ptr": centre, "direction_ptr": direction}
+            common |= {k: workspace[k] for k in ("centre_ptr", "direction_ptr")}
             if self.wide:
                 common["residual_ptr"] = residual
         if self.broad:

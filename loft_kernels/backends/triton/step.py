@@ -85,6 +85,8 @@ class LaunchPlan:
         self._measured: Sequence[Pair] | None = None
         self._exact = False
         self._buckets: list[Bucket] = []
+        # Every step writes its numbers and its decision anew.
+        self._decision = Decision(torch.empty(3, dtype=torch.float64, device=device))
         # By bucket and tile: what the layout was made for, the step counts of its pairs, and it.
         self._layouts: dict[tuple, tuple[tuple, list[Tensor], Layout]] = {}
         self._earlier = self._layouts
@@ -116,7 +118,7 @@ class LaunchPlan:
                 moving = tables.moving_entries(pairs)
             self.measure(pairs, moving, max_norm=max_norm, exact=exact)
         self._measured = None
-        decision = Decision(torch.empty(3, dtype=torch.float64, device=self.device))
+        decision = self._decision
         with self._on_device():
             for index, bucket in enumerate(self._buckets):
                 bucket.decide(
@@ -157,13 +159,8 @@ class LaunchPlan:
                 if confirmed is None or not self._serves(pairs, exact):
                     return
                 moving = confirmed
-            shape = (2 * len(pairs), tables.NUMBERS.value)
-            self._numbers = torch.empty(shape, dtype=torch.float64, device=self.device)
-            first = 0
             for bucket, partial_sums in zip(self._buckets, sums, strict=True):
-                own = self._numbers[first : first + bucket.sides]
-                bucket.solve(moving, partial_sums, own, max_norm)
-                first += bucket.sides
+                bucket.solve(moving, partial_sums, max_norm)
         self._measured = pairs
 
     def _serves(self, pairs: Sequence[Pair], exact: bool) -> bool:
@@ -204,6 +201,11 @@ class LaunchPlan:
             own = [pairs[k] for k in places]
             buckets.append(Bucket(self, key, own, None if whole else sides, exact))
         self._earlier = {}
+        shape = (2 * len(pairs), tables.NUMBERS.value)
+        self._numbers = torch.empty(shape, dtype=torch.float64, device=self.device)
+        own = self._numbers.split([bucket.sides for bucket in buckets])
+        for bucket, numbers in zip(buckets, own, strict=True):
+            bucket.numbers = numbers
         return buckets
 
     def outside(
