@@ -103,13 +103,15 @@ class Bucket:
         self._table = tables.AddressTable(rows, plan.device)
         self._values: list[float] = []
         self._launch = Launcher()
-        # Every step writes these anew, and none reads what another left.
+        # Written anew by every step, and read by the launches that come after on its stream.
         self.decision, self.all_numbers = plan.decision.values, all_numbers
         self.numbers = all_numbers[first : first + self.sides]
         square = (self.sides, self.width, self.width)
         self.inverse = torch.empty(square, dtype=torch.float64, device=self.device)
         self.change = torch.empty(square, dtype=torch.float32, device=self.device)
         self.changed = torch.empty(self.sides, dtype=torch.int32, device=self.device)
+        self._operand_dtype = torch.float32 if exact else torch.float16
+        self._no_residuals = None if self.layout.residual_rows else self._residual_space()
 
     @property
     def options(self) -> StepOptions:
@@ -262,27 +264,36 @@ class Bucket:
     def write(self) -> None:
         """Advance the moments and move the factors."""
         moving = {"table_ptr": self.table, "hyper_ptr": self.hyper}
-        advanced = moving
+        self._advance(moving)
+        shape = (self.layout.partner_rows, self.packing.width)
+        partner = torch.empty(shape, dtype=self._operand_dtype, device=self.device)
+        workspace = {"partner_ptr": partner, **(self._no_residuals or self._residual_space())}
+        written, read = {**moving, **workspace}, {**moving, **self._read(workspace)}
+        stem, describe = "operands", self._operands
+        if self.broad:
+            stem, describe = "moments", self._moving_moments
+        for index, part in enumerate(self.layout.parts):
+            self._launch((stem, index), written, partial(describe, part))
+            self._launch(("update", index), read, partial(self._update, part))
+
+    def _advance(self, moving: dict[str, Tensor]) -> None:
+        """Advance the moments; their scratch memory is gone when operands are written."""
         if self.wide:
             shape = (len(self.layout.moment_tiles), self.width, self.width)
             scratch = torch.empty(shape, dtype=torch.float32, device=self.device)
-            advanced = {**moving, "scratch_ptr": scratch}
-        self._launch("moments", advanced, self._moments)
+            moving = {**moving, "scratch_ptr": scratch}
+        self._launch("moments", moving, self._moments)
+
+    def _residual_space(self) -> dict[str, Tensor]:
+        """Allocate the workspace of residuals."""
         columns, rows = self.packing, self.layout.residual_rows
-        dtype = torch.float32 if self.exact else torch.float16
-        empty = partial(torch.empty, dtype=dtype, device=self.device)
-        workspace = {
-            "partner_ptr": empty((self.layout.partner_rows, columns.width)),
+        empty = partial(torch.empty, dtype=self._operand_dtype, device=self.device)
+        return {
             # A descriptor needs an address even where nothing is behind it.
             "residual_ptr": empty((max(1, rows), columns.products)),
-            "centre_ptr": torch.empty((rows, 4), dtype=torch.float32, device=self.device),
+            "centre_ptr": empty((rows, 4), dtype=torch.float32),
             "direction_ptr": empty((rows, columns.half)),
         }
-        written, read = {**moving, **workspace}, {**moving, **self._read(workspace)}
-        describe = self._moving_moments if self.broad else self._operands
-        for index, part in enumerate(self.layout.parts):
-            self._launch(("operands", index), written, partial(describe, part))
-            self._launch(("update", index), read, partial(self._update, part))
 
     def _read(self, workspace: dict[str, Tensor]) -> dict[str, Tensor | Tiles]:
         """Name what the hot loop reads of the workspace of operands."""
