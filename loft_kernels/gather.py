@@ -77,6 +77,7 @@ class Gathered:
         self._params = [f.param for f in self._factors]
         self._owned = [s for p in self._params if (s := optimizer.state.get(p))]
         entries = [item for state in self._owned for item in state.items()]
+        self._keys = [key for key, _ in entries]
         # Weakly: whoever exchanges state for a copy elsewhere is to get its memory back.
         self._entries = [_weak(value) for _, value in entries]
         self._offloaded = [
@@ -151,6 +152,8 @@ class Gathered:
 
     def _same_state(self, optimizer: LoFTAdamW) -> bool:
         """Tell whether the pairs' state has the same entries, in the same dicts."""
+        if list(chain.from_iterable(self._owned)) != self._keys:
+            return False
         entries = list(chain.from_iterable(map(dict.values, self._owned)))
         with _ByIdentity():
             # Kernels keep the addresses of state: an exchanged tensor calls for new ones.

@@ -58,6 +58,7 @@ CHANGES = {
     "another precision": lambda o, p: setattr(o, "precision", "ieee"),
     "step exchanged by an equal one": lambda o, p: exchanged(o, p, "step"),
     "moment exchanged by an equal one": lambda o, p: exchanged(o, p, "exp_avg"),
+    "state entry renamed": lambda o, p: o.state[p].update(other=o.state[p].pop("guard")),
     "state entry gone": lambda o, p: o.state[p].pop("guard"),
     "state entry new": lambda o, p: o.state[p].update(more=torch.zeros(2)),
     "state dict exchanged": lambda o, p: o.state.update({p: dict(o.state[p])}),
