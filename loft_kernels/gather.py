@@ -77,13 +77,17 @@ class Gathered:
         self._params = [f.param for f in self._factors]
         self._owned = [s for p in self._params if (s := optimizer.state.get(p))]
         entries = [item for state in self._owned for item in state.items()]
+        self._keys = [key for key, _ in entries]
         # Weakly: whoever exchanges state for a copy elsewhere is to get its memory back.
         self._entries = [_weak(value) for _, value in entries]
-        places = [i for i, (key, _) in enumerate(entries) if key in _OFFLOADED]
-        self._offloaded = operator.itemgetter(*places)
-        self._offloaded_addresses = [entries[i][1].data_ptr() for i in places]
+        self._offloaded = [
+            (operator.itemgetter(key), [state for state in self._owned if key in state])
+            for key in _OFFLOADED
+        ]
+        self._offloaded_addresses = self._read_offloaded()
         self._based = [state for state in self._owned if "partner_basis" in state]
-        self._stored = dict(optimizer.state)
+        self._all_state, self._stored = optimizer.state, dict(optimizer.state)
+        self._untouched = _untouched([self._all_state, *self._owned])
         self._scalings = [slot.scaling for slot in optimizer._slots]
         self._places: list[Any] = [scaling.place for scaling in self._scalings]
         self._numbers: list[Any] = []
@@ -135,19 +139,36 @@ class Gathered:
     def _same_objects(self, optimizer: LoFTAdamW) -> bool:
         """Tell whether the optimizer still holds the same tensors and state."""
         listed = list(chain.from_iterable(map(_PARAMS, optimizer.param_groups)))
+        with _ByIdentity():
+            if listed != self._listed:
+                return False
+        if not (optimizer.state is self._all_state and self._untouched()):
+            if not self._same_state(optimizer):
+                return False
+            self._all_state = optimizer.state
+            self._untouched = _untouched([self._all_state, *self._owned])
+        # Offloading may leave the tensors and give them other memory.
+        return self._read_offloaded() == self._offloaded_addresses
+
+    def _same_state(self, optimizer: LoFTAdamW) -> bool:
+        """Tell whether the pairs' state has the same entries, in the same dicts."""
+        if list(chain.from_iterable(self._owned)) != self._keys:
+            return False
         entries = list(chain.from_iterable(map(dict.values, self._owned)))
         with _ByIdentity():
             # Kernels keep the addresses of state: an exchanged tensor calls for new ones.
-            if listed != self._listed or entries != [entry() for entry in self._entries]:
+            if entries != [entry() for entry in self._entries]:
                 return False
         return (
             # Entries stay in order and new ones come last; a lookup would hash every tensor.
             len(optimizer.state) >= len(self._stored)
             and all(map(operator.is_, optimizer.state, self._stored))
             and all(map(operator.is_, optimizer.state.values(), self._stored.values()))
-            # Offloading may leave the tensors and give them other memory.
-            and list(map(Tensor.data_ptr, self._offloaded(entries))) == self._offloaded_addresses
         )
+
+    def _read_offloaded(self) -> list[list[int]]:
+        """List where the state that users offload is, by key."""
+        return [list(map(Tensor.data_ptr, map(get, states))) for get, states in self._offloaded]
 
     def _read_addresses(self) -> list[int]:
         """List where the factors and the bases of their partners are, which `gram` reads."""
@@ -282,6 +303,19 @@ def _alike(tensors: list[Any]) -> Callable[..., bool]:
         return guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
     except (AttributeError, TypeError):
         return lambda *_: False
+
+
+def _untouched(dicts: list[dict[Any, Any]]) -> Callable[[], bool]:
+    """Return a quick test whether nobody has written to these dicts since.
+
+    As in :func:`_alike`, False says nothing. Their versions tell, which ``torch.compile`` reads.
+    """
+    try:
+        version = torch._C._dynamo.guards.dict_version
+        known = list(map(version, dicts))
+        return lambda: list(map(version, dicts)) == known
+    except (AttributeError, TypeError):
+        return lambda: False
 
 
 def _kinds(grads: list[Any]) -> list[Any]:

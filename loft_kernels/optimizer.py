@@ -275,10 +275,10 @@ class LoFTAdamW(Optimizer):
         self, pairs: list[Pair], plain: dict[int, list[Tensor]], members: list[Tensor]
     ) -> None:
         """Take one step with fused kernels; decisions are taken on the device."""
-        from loft_kernels.backends.triton.step import LaunchPlan
-
         device = pairs[0].b.param.device
         if self._plan is None or self._plan.device != device:
+            from loft_kernels.backends.triton.step import LaunchPlan
+
             self._plan = LaunchPlan(device)
         if self.nonfinite_steps.device != device:
             self.nonfinite_steps = self.nonfinite_steps.to(device)

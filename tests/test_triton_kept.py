@@ -75,6 +75,27 @@ def test_a_layout_is_not_taken_for_pairs_in_other_phases(parted):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("missing", [False, True])
+def test_nothing_is_read_of_what_the_last_step_left_in_workspace(missing):
+    ends = []
+    for poisoned in (False, True):
+        module, opt = started(steps=3)
+        for step in (3, 4):
+            if missing:
+                module[1].lora_A.grad = None
+            opt.step()
+            for bucket in opt._plan._buckets if poisoned else ():
+                for kept in (bucket.inverse, bucket.change, bucket.all_numbers, bucket.decision):
+                    kept.fill_(float("nan"))
+                bucket.changed.fill_(7)
+            set_gradients(module, CASE, step)
+        opt.step()
+        assert opt.nonfinite_steps == 0
+        ends.append(copies(module))
+    for p, q in zip(*ends, strict=True):
+        assert torch.equal(p, q)
+
+
 def test_a_rate_of_zero_in_place_of_a_tensor_is_seen():
     module, opt = started(lr=torch.tensor(1e-2))
     before = copies(module)

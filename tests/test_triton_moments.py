@@ -79,6 +79,7 @@ def launch(rank: int, grad: Tensor, m: Tensor, p: Tensor, inverse: Tensor, c: Te
         GRAD_DTYPE=tl.float32,
         IDLE_ONLY=False,
         EXACT=exact,
+        PREFETCH=False,
         num_warps=tile.warps,
     )
 

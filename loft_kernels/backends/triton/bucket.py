@@ -60,6 +60,8 @@ class Bucket:
         pairs: its pairs, with their gradients.
         sides: places of the pairs' factors among all factors of the step; None for all.
         exact: no product of reduced precision.
+        all_numbers: the per-side numbers of all buckets.
+        first: of these, the first that is the bucket's own.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class Bucket:
         pairs: Sequence[Pair],
         sides: list[int] | None,
         exact: bool,
+        all_numbers: Tensor,
+        first: int,
     ) -> None:
         """Lay the bucket out."""
         self.pairs, self.exact, self.device = pairs, exact, plan.device
@@ -99,6 +103,15 @@ class Bucket:
         self._table = tables.AddressTable(rows, plan.device)
         self._values: list[float] = []
         self._launch = Launcher()
+        # Written anew by every step, and read by the launches that come after on its stream.
+        self.decision, self.all_numbers = plan.decision.values, all_numbers
+        self.numbers = all_numbers[first : first + self.sides]
+        square = (self.sides, self.width, self.width)
+        self.inverse = torch.empty(square, dtype=torch.float64, device=self.device)
+        self.change = torch.empty(square, dtype=torch.float32, device=self.device)
+        self.changed = torch.empty(self.sides, dtype=torch.int32, device=self.device)
+        self._operand_dtype = torch.float32 if exact else torch.float16
+        self._no_residuals = None if self.layout.residual_rows else self._residual_space()
 
     @property
     def options(self) -> StepOptions:
@@ -175,37 +188,24 @@ class Bucket:
         )
         return partial_sums
 
-    def solve(
-        self, moving: Moving, partial_sums: Tensor, numbers: Tensor, max_norm: float | None
-    ) -> None:
+    def solve(self, moving: Moving, partial_sums: Tensor, max_norm: float | None) -> None:
         """Find per side the inverse, the transition and the norm.
 
         Args:
             moving: of the step.
             partial_sums: see :meth:`gram`.
-            numbers: the bucket's part of the per-side numbers; written by `solve` and `basis`.
             max_norm: largest norm of all projected gradients, or None.
         """
         self._enter(moving)
         self._bring_hyper(max_norm)
-        self.numbers = numbers
-        empty = partial(torch.empty, device=self.device)
-        square = (self.sides, self.width, self.width)
-        self.inverse = empty(square, dtype=torch.float64)
-        self.change = empty(square, dtype=torch.float32)
-        self.changed = empty(self.sides, dtype=torch.int32)
         launched = {
             "table_ptr": self.table,
             "partial_ptr": partial_sums,
             "hyper_ptr": self.hyper,
-            "inverse_ptr": self.inverse,
-            "change_ptr": self.change,
-            "changed_ptr": self.changed,
-            "numbers_ptr": self.numbers,
         }
         if self.wide:
             shape = (self.sides, SQUARES.value, self.width, self.width)
-            launched["squares_ptr"] = empty(shape, dtype=torch.float64)
+            launched["squares_ptr"] = torch.empty(shape, dtype=torch.float64, device=self.device)
         self._launch(
             "solve",
             launched,
@@ -214,6 +214,10 @@ class Bucket:
                 self.sides,
                 {"num_warps": 8 if self.wide else 4},
                 {
+                    "inverse_ptr": self.inverse,
+                    "change_ptr": self.change,
+                    "changed_ptr": self.changed,
+                    "numbers_ptr": self.numbers,
                     "rank": self.rank,
                     **({"BLOCK": configs.SOLVE_ENTRIES // self.width} if self.wide else {}),
                     "R": self.width,
@@ -222,27 +226,14 @@ class Bucket:
             ),
         )
 
-    def decide(
-        self,
-        all_numbers: Tensor,
-        decision: Tensor,
-        outside: Tensor,
-        skipped: Tensor,
-        *,
-        count_skips: bool,
-    ) -> None:
+    def decide(self, outside: Tensor, skipped: Tensor, *, count_skips: bool) -> None:
         """Take the decision of the step and replace the bases."""
         tile = self._row_tile
         moving = {
             "table_ptr": self.table,
             "hyper_ptr": self.hyper,
             "outside_ptr": outside,
-            "inverse_ptr": self.inverse,
-            "numbers_ptr": self.numbers,
-            "all_numbers_ptr": all_numbers,
-            "decision_ptr": decision,
             "skipped_ptr": skipped,
-            "changed_ptr": self.changed,
         }
         self._launch(
             "basis",
@@ -253,40 +244,81 @@ class Bucket:
                 {"num_warps": tile.warps},
                 {
                     "tiles_ptr": self.layout.row_tiles,
-                    "all_sides": len(all_numbers),
+                    "inverse_ptr": self.inverse,
+                    "numbers_ptr": self.numbers,
+                    "all_numbers_ptr": self.all_numbers,
+                    "decision_ptr": self.decision,
+                    "changed_ptr": self.changed,
+                    "all_sides": len(self.all_numbers),
                     "rank": self.rank,
                     "CHUNK": tile.chunk,
                     "BLOCK_N": tile.block,
                     "BLOCK_R": self.block,
                     "R": self.width,
-                    "SIDES": triton.next_power_of_2(len(all_numbers)),
+                    "SIDES": triton.next_power_of_2(len(self.all_numbers)),
                     "COUNT_SKIPS": count_skips,
                     "PARAM_DTYPE": DTYPES[self.param_dtype],
                 },
             ),
         )
 
-    def write(self, decision: Tensor) -> None:
+    def write(self) -> None:
         """Advance the moments and move the factors."""
-        self._advance(decision)
+        moving = {"table_ptr": self.table, "hyper_ptr": self.hyper}
+        self._advance(moving)
+        shape = (self.layout.partner_rows, self.packing.width)
+        partner = torch.empty(shape, dtype=self._operand_dtype, device=self.device)
+        workspace = {"partner_ptr": partner, **(self._no_residuals or self._residual_space())}
+        written, read = {**moving, **workspace}, {**moving, **self._read(workspace)}
+        stem, describe = "operands", self._operands
+        if self.broad:
+            stem, describe = "moments", self._moving_moments
         for index, part in enumerate(self.layout.parts):
-            self._move(index, part, decision)
+            self._launch((stem, index), written, partial(describe, part))
+            self._launch(("update", index), read, partial(self._update, part))
 
-    def _advance(self, decision: Tensor) -> None:
-        """Advance the moments."""
-        moving = {
-            "table_ptr": self.table,
-            "hyper_ptr": self.hyper,
-            "decision_ptr": decision,
-            "inverse_ptr": self.inverse,
-            "numbers_ptr": self.numbers,
-            "change_ptr": self.change,
-            "changed_ptr": self.changed,
-        }
+    def _advance(self, moving: dict[str, Tensor]) -> None:
+        """Advance the moments; their scratch memory is gone when operands are written."""
         if self.wide:
             shape = (len(self.layout.moment_tiles), self.width, self.width)
-            moving["scratch_ptr"] = torch.empty(shape, dtype=torch.float32, device=self.device)
+            scratch = torch.empty(shape, dtype=torch.float32, device=self.device)
+            moving = {**moving, "scratch_ptr": scratch}
         self._launch("moments", moving, self._moments)
+
+    def _residual_space(self) -> dict[str, Tensor]:
+        """Allocate the workspace of residuals."""
+        columns, rows = self.packing, self.layout.residual_rows
+        empty = partial(torch.empty, dtype=self._operand_dtype, device=self.device)
+        return {
+            # A descriptor needs an address even where nothing is behind it.
+            "residual_ptr": empty((max(1, rows), columns.products)),
+            "centre_ptr": empty((rows, 4), dtype=torch.float32),
+            "direction_ptr": empty((rows, columns.half)),
+        }
+
+    def _read(self, workspace: dict[str, Tensor]) -> dict[str, Tensor | Tiles]:
+        """Name what the hot loop reads of the workspace of operands."""
+        columns, tile, describe = self.packing, self.layout.tile, self._descriptor
+        partner, residual = workspace["partner_ptr"], workspace["residual_ptr"]
+        widths = {"main": columns.main, "tail": columns.tail or 16, "halves": self.width}
+        read: dict[str, Tensor | Tiles] = {
+            k: describe(partner, (tile.block_n, v)) for k, v in widths.items()
+        }
+        if self.hopper and configs.resident(self.rank):
+            return {**read, "partner_ptr": partner}
+        read |= {k: workspace[k] for k in ("centre_ptr", "direction_ptr")}
+        if self.wide:
+            read["residual_ptr"] = residual
+        if self.broad:
+            read |= {
+                "main": describe(partner, (tile.block_n, DEPTH)),
+                "residual_main": describe(residual, (tile.block_m, DEPTH)),
+            }
+            del read["tail"]
+        else:
+            for key in ("main", "tail"):
+                read[f"residual_{key}"] = describe(residual, (tile.block_m, widths[key]))
+        return read
 
     def _moments(self) -> Launch:
         """Describe the launch that advances the moments."""
@@ -300,6 +332,11 @@ class Bucket:
             options,
             {
                 **({} if self.wide else {"scratch_ptr": None}),
+                "decision_ptr": self.decision,
+                "inverse_ptr": self.inverse,
+                "numbers_ptr": self.numbers,
+                "change_ptr": self.change,
+                "changed_ptr": self.changed,
                 "tiles_ptr": self.layout.moment_tiles,
                 "RANK": self.rank,
                 "R": self.width,
@@ -319,62 +356,6 @@ class Bucket:
         """Return compiler options; the interpreter knows no registers."""
         return {"num_warps": warps, "maxnreg": registers if self.cuda else None}
 
-    def _move(self, index: int, part: Part, decision: Tensor) -> None:
-        """Write the operands of some pairs and move their factors."""
-        columns = self.packing
-        empty = partial(
-            torch.empty,
-            dtype=torch.float32 if self.exact else torch.float16,
-            device=self.device,
-        )
-        partner = empty((part.partner_rows, columns.width))
-        # A descriptor needs an address even where nothing is behind it.
-        residual = empty((max(1, part.residual_rows), columns.products))
-        centre = torch.empty((part.residual_rows, 4), dtype=torch.float32, device=self.device)
-        direction = empty((part.residual_rows, columns.half))
-        common: dict[str, Any] = {
-            "table_ptr": self.table,
-            "decision_ptr": decision,
-            "numbers_ptr": self.numbers,
-        }
-        written = {
-            **common,
-            "hyper_ptr": self.hyper,
-            "partner_ptr": partner,
-            "residual_ptr": residual,
-            "centre_ptr": centre,
-            "direction_ptr": direction,
-        }
-        if self.broad:
-            written |= {
-                "inverse_ptr": self.inverse,
-                "change_ptr": self.change,
-                "changed_ptr": self.changed,
-            }
-            self._launch(("moments", index), written, lambda: self._moving_moments(part))
-        else:
-            self._launch(("operands", index), written, lambda: self._operands(part))
-        common |= {"hyper_ptr": self.hyper, "inverse_ptr": self.inverse}
-        tile, describe = self.layout.tile, self._descriptor
-        widths = {"main": columns.main, "tail": columns.tail or 16, "halves": self.width}
-        common |= {k: describe(partner, (tile.block_n, v)) for k, v in widths.items()}
-        if self.hopper and configs.resident(self.rank):
-            common["partner_ptr"] = partner
-        else:
-            common |= {"centre_ptr": centre, "direction_ptr": direction}
-            if self.wide:
-                common["residual_ptr"] = residual
-        if self.broad:
-            common |= {
-                "main": describe(partner, (tile.block_n, DEPTH)),
-                "residual_main": describe(residual, (tile.block_m, DEPTH)),
-            }
-            del common["tail"]
-        elif not (self.hopper and configs.resident(self.rank)):
-            for key in ("main", "tail"):
-                common[f"residual_{key}"] = describe(residual, (tile.block_m, widths[key]))
-        self._launch(("update", index), common, lambda: self._update(part))
-
     def _operands(self, part: Part) -> Launch:
         """Describe the launch that writes the operands of the hot loop."""
         columns = self.packing
@@ -383,6 +364,8 @@ class Bucket:
             len(part.operand_tiles),
             self._options(4, 128),
             {
+                "decision_ptr": self.decision,
+                "numbers_ptr": self.numbers,
                 "tiles_ptr": part.operand_tiles,
                 "pairs_ptr": self.pair_table,
                 "rank": self.rank,
@@ -403,6 +386,11 @@ class Bucket:
             len(part.operand_tiles),
             self._options(4, REGISTERS),
             {
+                "decision_ptr": self.decision,
+                "numbers_ptr": self.numbers,
+                "inverse_ptr": self.inverse,
+                "change_ptr": self.change,
+                "changed_ptr": self.changed,
                 "tiles_ptr": part.operand_tiles,
                 "RANK": self.rank,
                 "PRODUCTS": self.packing.products,
@@ -422,6 +410,9 @@ class Bucket:
         options = self._options(tile.warps, tile.registers)
         fixed = {
             "tiles_ptr": part.update_tiles,
+            "decision_ptr": self.decision,
+            "numbers_ptr": self.numbers,
+            "inverse_ptr": self.inverse,
             "rank": self.rank,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
@@ -431,7 +422,8 @@ class Bucket:
             "PARAM_DTYPE": DTYPES[self.param_dtype],
         }
         if self.broad:
-            fixed = {k: fixed[k] for k in ("tiles_ptr", "rank", "HAS_MASTER", "PARAM_DTYPE")}
+            for key in ("BLOCK_M", "BLOCK_N", "R", "TAIL"):
+                del fixed[key]
             fixed |= {"PRODUCTS": columns.products, "STAGES": tile.stages}
             kernel = _update_hopper_broad_kernel
         elif self.hopper:

@@ -22,14 +22,10 @@ class Part:
     Attributes:
         operand_tiles: (side, first row, kind), see ``tables.Workspace``.
         update_tiles: (side, first row).
-        partner_rows: rows of the workspace of partners' operands.
-        residual_rows: rows of the workspace of residuals.
     """
 
     operand_tiles: Tensor
     update_tiles: Tensor
-    partner_rows: int
-    residual_rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +36,9 @@ class Layout:
         row_tiles: tiles of `gram` and `basis`.
         moment_tiles: tiles of `moments`.
         places: workspace rows of every side.
-        parts: what `operands` and `update` serve one after the other.
+        parts: what `operands` and `update` serve one after the other, in the same workspace.
+        partner_rows: rows of the workspace of partners' operands.
+        residual_rows: rows of the workspace of residuals.
         tile: tile of the hot loop.
     """
 
@@ -48,6 +46,8 @@ class Layout:
     moment_tiles: Tensor
     places: list[tuple[int, int]]
     parts: list[Part]
+    partner_rows: int
+    residual_rows: int
     tile: configs.UpdateTile
 
 
@@ -88,6 +88,7 @@ def new_layout(
     size = -(-len(pairs) // _PARTS)
     places: list[tuple[int, int]] = []
     parts = []
+    partner_rows = residual_rows = 0
     for start in range(0, len(pairs), size):
         part = slice(start, start + size)
         space = tables.workspace(
@@ -98,22 +99,19 @@ def new_layout(
             residuals=not configs.resident(rank),
         )
         places += space.places
+        partner_rows = max(partner_rows, space.partner_rows)
+        residual_rows = max(residual_rows, space.residual_rows)
         update = tables.row_tiles(pairs[part], tile.block_m, heaviest_first=True)
         for tiles in (space.tiles, update):
             tiles[:, 0] += 2 * start
-        parts.append(
-            Part(
-                space.tiles.to(device),
-                update.to(device),
-                space.partner_rows,
-                space.residual_rows,
-            )
-        )
+        parts.append(Part(space.tiles.to(device), update.to(device)))
     return Layout(
         tables.row_tiles(pairs, configs.row_tile(capability, rank).chunk).to(device),
         tables.row_tiles(pairs, configs.moment_tile(capability, rank).chunk).to(device),
         places,
         parts,
+        partner_rows,
+        residual_rows,
         tile,
     )
 

@@ -75,6 +75,8 @@ class LaunchPlan:
         self._measured: Sequence[Pair] | None = None
         self._exact = False
         self._buckets: list[Bucket] = []
+        # Written by every step, for the launches that come after it on the stream.
+        self.decision = Decision(torch.empty(3, dtype=torch.float64, device=device))
         # By bucket and tile: what the layout was made for, the step counts of its pairs, and it.
         self._layouts: dict[tuple, tuple[tuple, list[Tensor], Layout]] = {}
         self._earlier = self._layouts
@@ -106,14 +108,11 @@ class LaunchPlan:
                 moving = tables.moving_entries(pairs)
             self.measure(pairs, moving, max_norm=max_norm, exact=exact)
         self._measured = None
-        decision = Decision(torch.empty(3, dtype=torch.float64, device=self.device))
         with self._on_device():
             for index, bucket in enumerate(self._buckets):
-                bucket.decide(
-                    self._numbers, decision.values, outside, skipped, count_skips=index == 0
-                )
-                bucket.write(decision.values)
-        return decision
+                bucket.decide(outside, skipped, count_skips=index == 0)
+                bucket.write()
+        return self.decision
 
     def measure(
         self,
@@ -147,13 +146,8 @@ class LaunchPlan:
                 if confirmed is None or not self._serves(pairs, exact):
                     return
                 moving = confirmed
-            shape = (2 * len(pairs), tables.NUMBERS.value)
-            self._numbers = torch.empty(shape, dtype=torch.float64, device=self.device)
-            first = 0
             for bucket, partial_sums in zip(self._buckets, sums, strict=True):
-                own = self._numbers[first : first + bucket.sides]
-                bucket.solve(moving, partial_sums, own, max_norm)
-                first += bucket.sides
+                bucket.solve(moving, partial_sums, max_norm)
         self._measured = pairs
 
     def _serves(self, pairs: Sequence[Pair], exact: bool) -> bool:
@@ -185,14 +179,18 @@ class LaunchPlan:
         members: dict[tuple, list[int]] = {}
         for k, pair in enumerate(pairs):
             members.setdefault(bucket_key(pair), []).append(k)
-        buckets = []
+        shape = (2 * len(pairs), tables.NUMBERS.value)
+        numbers, first = torch.empty(shape, dtype=torch.float64, device=self.device), 0
+        buckets: list[Bucket] = []
         # A layout that is not used now goes: its pairs may part from each other meanwhile.
         self._earlier, self._layouts = self._layouts, {}
         for key, places in members.items():
             sides = [side for k in places for side in (2 * k, 2 * k + 1)]
             whole = len(members) == 1
             own = [pairs[k] for k in places]
-            buckets.append(Bucket(self, key, own, None if whole else sides, exact))
+            new = Bucket(self, key, own, None if whole else sides, exact, numbers, first)
+            buckets.append(new)
+            first += new.sides
         self._earlier = {}
         return buckets
 
