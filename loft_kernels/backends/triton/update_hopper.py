@@ -154,7 +154,11 @@ def _copy(
     R: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """Bring all operands of a tile, whose first row is given, to the first slot by plain loads."""
+    """Bring all operands of a tile, whose first row is given, to the first slot by plain loads.
+
+    For the loop that few blocks take: were it to fetch as the usual one does, the compiler would
+    move the usual one's descriptors to uniform registers anew in every tile.
+    """
     s_main, s_tail, s_high, s_low = slots
     WIDTH: gl.constexpr = MAIN + TAIL + 2 * R
     LANES: gl.constexpr = MAIN // 8
