@@ -27,6 +27,8 @@ _MOVED = {"reference": 2e-5, "cpu": 2e-5, "triton": 1e-3}
 # At step 2 P has rank two, and v of a few entries of the weight is below what fp16 resolves. In
 # weights as small as these a single one shows, by 6e-3 at most in these cases.
 _SECOND_STEP = 1e-2
+# At step 3 it has rank three, which above rank 64 shows, too: 1.4e-3 in all.
+_THIRD_STEP = 1e-3
 _STATE = {torch.float64: 1e-11, torch.float32: 2e-6}
 
 
@@ -101,6 +103,8 @@ def check(backend: str, case: Case, device: str) -> list[str]:
             limit = _MOVED[backend] + 2 * torch.finfo(p.dtype).eps * _ratio(p, moved[1])
             if backend == "triton" and step == 1:
                 limit += _SECOND_STEP
+            if backend == "triton" and step == 2 and max(rank for *_, rank in case.shapes) > 64:
+                limit += _THIRD_STEP
             found += _compare(f"{case.name}, step {step + 1}: {name}", *moved, limit)
             for key, value in opt.state.get(p, {}).items():
                 if key != "master":

@@ -92,7 +92,9 @@ def norm_sq_of(m_ptr, live, o_row, o_col, rank, unbias1, unit):
     mask = live[:, None] & (o_col < rank)[None, :]
     m = tl.load(m_ptr + (o_row[:, None] * rank + o_col[None, :]), mask=mask, other=0.0)
     m *= (unbias1 * tl.sqrt(unit))[:, None]
-    return tl.sum(m * m, axis=1)
+    # The maximum keeps the compiler from fusing the square with the first addition of another
+    # thread's: each of the two would round its own, and threads disagree on the row's sum.
+    return tl.sum(tl.maximum(m * m, 0.0), axis=1)
 
 
 @triton.jit

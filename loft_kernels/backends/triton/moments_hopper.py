@@ -468,7 +468,8 @@ def _moments_hopper_kernel(
         partner_rows = gl.load(table_ptr + (side ^ 1) * COLUMNS + ROWS)
         if of_partner != 0:
             write_partner(row_ptr, start, partner_rows, partner_ptr, RANK, PRODUCTS, WIDTH)
-        else:
+        # The workspace is padded to tiles of which the last may have no rows.
+        elif start < gl.load(row_ptr + ROWS):
             _move_moments(
                 row_ptr,
                 number_ptr,
