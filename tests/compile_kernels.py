@@ -105,7 +105,9 @@ def compile_rows(capability: int, rank: int) -> None:
         "SPLIT": columns.split,
         "DTYPE": tl.float16,
     }
-    compile_kernel(_operands_kernel, capability, operands, {"num_warps": 4, "maxnreg": 128})
+    registers = 128 if configs.resident(rank) else None
+    options = {"num_warps": 4, "maxnreg": registers}
+    compile_kernel(_operands_kernel, capability, operands, options)
     rows = common | {
         "RANK": rank,
         "CHUNK": moments.chunk,

@@ -362,7 +362,7 @@ class Bucket:
         return Launch(
             _operands_kernel,
             len(part.operand_tiles),
-            self._options(4, 128),
+            self._options(4, 128 if configs.resident(self.rank) else None),
             {
                 "decision_ptr": self.decision,
                 "numbers_ptr": self.numbers,
