@@ -90,11 +90,11 @@ def compile_rows(capability: int, rank: int) -> None:
     common["BLOCK_R"] = min(width, configs.LARGEST_SQUARE)
     common["BLOCK"] = configs.SOLVE_ENTRIES // width
     wide = width > common["BLOCK_R"]
-    apart = common["BLOCK_R"] == configs.LARGEST_SQUARE
     row_warps = {"num_warps": tile.warps}
-    compile_kernel(_gram_wide_kernel if apart else _gram_kernel, capability, common, row_warps)
+    gram = _gram_wide_kernel if configs.apart(rank) else _gram_kernel
+    compile_kernel(gram, capability, common, row_warps)
     solve = _solve_wide_kernel if wide else _solve_kernel
-    compile_kernel(solve, capability, common, {"num_warps": 8 if wide else 4})
+    compile_kernel(solve, capability, common, {"num_warps": configs.solve_warps(rank)})
     compile_kernel(_basis_kernel, capability, common, row_warps)
     operands = {
         "BLOCK": configs.operand_rows(rank),
@@ -105,8 +105,7 @@ def compile_rows(capability: int, rank: int) -> None:
         "SPLIT": columns.split,
         "DTYPE": tl.float16,
     }
-    registers = 128 if configs.resident(rank) else None
-    options = {"num_warps": 4, "maxnreg": registers}
+    options = {"num_warps": 4, "maxnreg": configs.operand_registers(rank)}
     compile_kernel(_operands_kernel, capability, operands, options)
     rows = common | {
         "RANK": rank,
@@ -118,7 +117,7 @@ def compile_rows(capability: int, rank: int) -> None:
         "WIDTH": columns.width,
         "PRODUCTS": columns.products,
         "IDLE_ONLY": False,
-        "PREFETCH": capability == 90,
+        "PREFETCH": configs.prefetches(architecture, rank),
         "EXACT": False,
     }
     if capability == 90 and configs.broad(rank):

@@ -163,7 +163,7 @@ class Bucket:
         """
         self._enter(moving)
         tiles, tile = self.layout.row_tiles, self._row_tile
-        apart = self.block == configs.LARGEST_SQUARE  # see `gram_wide`
+        apart = configs.apart(self.rank)
         partial_sums = torch.empty(
             (len(tiles), 3, self.width, self.width), dtype=torch.float64, device=self.device
         )
@@ -212,7 +212,7 @@ class Bucket:
             lambda: Launch(
                 _solve_wide_kernel if self.wide else _solve_kernel,
                 self.sides,
-                {"num_warps": 8 if self.wide else 4},
+                {"num_warps": configs.solve_warps(self.rank)},
                 {
                     "inverse_ptr": self.inverse,
                     "change_ptr": self.change,
@@ -348,7 +348,7 @@ class Bucket:
                 "GRAD_DTYPE": DTYPES[self.grad_dtype],
                 "IDLE_ONLY": self.broad,
                 "EXACT": self.exact,
-                "PREFETCH": self._capability[0] == 9 and self.rank <= 32,
+                "PREFETCH": configs.prefetches(self._capability, self.rank),
             },
         )
 
@@ -362,7 +362,7 @@ class Bucket:
         return Launch(
             _operands_kernel,
             len(part.operand_tiles),
-            self._options(4, 128 if configs.resident(self.rank) else None),
+            self._options(4, configs.operand_registers(self.rank)),
             {
                 "decision_ptr": self.decision,
                 "numbers_ptr": self.numbers,

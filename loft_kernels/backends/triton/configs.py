@@ -3,7 +3,8 @@
 The tables stand in ``tiles.json``, by compute capability, table and padded rank; ``python -m bench
 tiles --write`` writes the entries of the GPU it runs on, each with what it was measured on. An
 entry that an architecture does not have is that of ``default``, which no bench writes: its hot loop
-is small enough for 99 KiB of shared memory, its other tiles are those of compute capability 9.0.
+is small enough for 99 KiB of shared memory, its other tiles are those of compute capability 9.0,
+but for `moments` where that has kernels or fetches of its own.
 """
 
 from __future__ import annotations
@@ -287,6 +288,26 @@ def narrow_rank(rank: int) -> int:
 def resident(rank: int) -> bool:
     """Tell whether a row's residual stays beside the tiles through the hot loop."""
     return rank <= 16
+
+
+def apart(rank: int) -> bool:
+    """Tell whether `gram` has a program for each of its three sums; see `gram_wide`."""
+    return padded_rank(rank) >= LARGEST_SQUARE
+
+
+def solve_warps(rank: int) -> int:
+    """Return the warps of `solve`."""
+    return 4 if rank <= LARGEST_SQUARE else 8
+
+
+def operand_registers(rank: int) -> int | None:
+    """Return the limit of registers a thread of `operands`: it gains at ranks up to 16 only."""
+    return 128 if resident(rank) else None
+
+
+def prefetches(capability: Capability, rank: int) -> bool:
+    """Tell whether `moments` has P of the next rows fetched into L2, while a block is small."""
+    return capability[0] == 9 and rank <= 32
 
 
 def operand_rows(rank: int) -> int:

@@ -186,7 +186,6 @@ def residual_rows(
     centred,
     eps,
     BLOCK_M: gl.constexpr,
-    BY_MAIN: gl.constexpr,
     BY_16: gl.constexpr,
     WIDE: gl.constexpr,
     TAIL: gl.constexpr,

@@ -135,6 +135,8 @@ class LaunchPlan:
                 last step, or other options, are not measured then.
         """
         if confirm is None and not self._serves(pairs, exact):
+            # Their workspace goes before there is new.
+            self._pairs, self._buckets = None, []
             self._buckets = self._new_buckets(pairs, exact)
             self._pairs, self._exact = pairs, exact
         if pairs is not self._pairs:
@@ -167,7 +169,7 @@ class LaunchPlan:
 
     def forget_layouts(self) -> None:
         """Drop what relies on the phases of pairs, which another path has moved on."""
-        self._pairs, self._layouts = None, {}
+        self._pairs, self._layouts, self._buckets = None, {}, []
 
     def _on_device(self) -> contextlib.AbstractContextManager:
         """Make the plan's device the current one."""

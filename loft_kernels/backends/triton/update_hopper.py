@@ -488,7 +488,7 @@ def _update_hopper_kernel(
                     of_block, of_step, twofold, operands, SIZES, 1, HAS_MASTER, PARAM_DTYPE, True
                 )
             else:
-                usual = residual_rows(row_ptr, centred, eps, BLOCK_M, by_main, by_16, wide, TAIL)
+                usual = residual_rows(row_ptr, centred, eps, BLOCK_M, by_16, wide, TAIL)
                 _move_block(
                     of_block,
                     of_step,
@@ -501,7 +501,7 @@ def _update_hopper_kernel(
                     False,
                 )
         else:
-            usual = residual_rows(row_ptr, centred, eps, BLOCK_M, by_main, by_16, wide, TAIL)
+            usual = residual_rows(row_ptr, centred, eps, BLOCK_M, by_16, wide, TAIL)
             _move_block(
                 of_block, of_step, usual, operands, SIZES, STAGES, HAS_MASTER, PARAM_DTYPE, False
             )
