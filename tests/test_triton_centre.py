@@ -20,8 +20,8 @@ from loft_kernels.backends.triton.step import LaunchPlan
 
 ROWS, PARTNER_ROWS = 40, 192
 # The mean that flips its sign leaves P of rank one and noise: no row asks for a second centre, and
-# the bar is that of all hard histories.
-LIMITS = {"turns": 6e-4, "flip": 2e-3, "dwindling turn": 6e-4, "every step": 6e-4}
+# the error is 9.4e-4 at most here, where the bar of all hard histories is 2e-3.
+LIMITS = {"turns": 6e-4, "flip": 1.2e-3, "dwindling turn": 6e-4, "every step": 6e-4}
 
 
 def _dwindling_turn(t, last):

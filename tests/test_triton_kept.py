@@ -149,6 +149,19 @@ def test_kernels_may_follow_another_path_that_has_the_same_pairs():
     assert opt._plan.holds(opt._gathered.pairs)
 
 
+@pytest.mark.parametrize("taken", ["by another path", "by other pairs"])
+def test_workspace_goes_with_what_it_was_made_for(taken):
+    module, opt = started()
+    seen = [weakref.ref(b.inverse) for b in opt._plan._buckets]
+    if taken == "by another path":
+        opt._choose_backend = lambda pairs: ("reference", "")
+    else:
+        module[1].lora_A.grad = module[1].lora_B.grad = None
+    opt.step()
+    assert seen
+    assert [ref() for ref in seen] == [None] * len(seen)
+
+
 def test_state_elsewhere_gives_its_memory_back():
     """As a trainer offloads it between phases of its own."""
     _, opt = started()

@@ -83,7 +83,7 @@ class Bucket:
         # Above, a square is cut into blocks.
         self.block = min(self.width, configs.LARGEST_SQUARE)
         self.blocks = self.width // self.block
-        self.wide = self.blocks > 1
+        self.wide, self.apart = self.blocks > 1, configs.apart(self.rank)
         self.hopper = plan.capability[0] == 9 and not exact and not self.wide
         self.packing = packing(self.rank)
         self.pair_table = plan.constant(("pairs", self.rank), partial(pair_table, self.rank))
@@ -163,7 +163,6 @@ class Bucket:
         """
         self._enter(moving)
         tiles, tile = self.layout.row_tiles, self._row_tile
-        apart = configs.apart(self.rank)
         partial_sums = torch.empty(
             (len(tiles), 3, self.width, self.width), dtype=torch.float64, device=self.device
         )
@@ -171,15 +170,15 @@ class Bucket:
             "gram",
             {"table_ptr": self.table, "partial_ptr": partial_sums},
             lambda: Launch(
-                _gram_wide_kernel if apart else _gram_kernel,
-                len(tiles) * (3 * self.blocks**2 if apart else 1),
+                _gram_wide_kernel if self.apart else _gram_kernel,
+                len(tiles) * (3 * self.blocks**2 if self.apart else 1),
                 {"num_warps": tile.warps},
                 {
                     "tiles_ptr": tiles,
                     "rank": self.rank,
                     "CHUNK": tile.chunk,
                     "BLOCK_N": tile.block,
-                    **({"BLOCK_R": self.block} if apart else {}),
+                    **({"BLOCK_R": self.block} if self.apart else {}),
                     "R": self.width,
                     "PARAM_DTYPE": DTYPES[self.param_dtype],
                     "GRAD_DTYPE": DTYPES[self.grad_dtype],

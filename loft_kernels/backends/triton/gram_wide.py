@@ -25,28 +25,24 @@ from loft_kernels.backends.triton.tables import (
 @triton.jit
 def _product(
     left,
-    left_row,
-    left_col,
     right,
-    right_row,
-    right_col,
-    start,
-    rows,
-    rank,
-    i,
-    j,
+    place,
     CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
 ):
-    """Return block (i, j) of X^T Y over a chunk of the rows of two strided matrices."""
+    """Return block (i, j) of X^T Y over a chunk of the rows of two strided matrices.
+
+    A matrix is its address and strides, the place the first row, the rows, the rank, i and j.
+    """
+    start, rows, rank, i, j = place
     acc = tl.zeros((BLOCK_R, BLOCK_R), tl.float64)
     for block in range(0, CHUNK, BLOCK_N):
         o_row = start + block + tl.arange(0, BLOCK_N)
-        x = load_rows(left, left_row, left_col, o_row, rows, rank, BLOCK_R, LEFT, i)
-        y = load_rows(right, right_row, right_col, o_row, rows, rank, BLOCK_R, RIGHT, j)
+        x = load_rows(left[0], left[1], left[2], o_row, rows, rank, BLOCK_R, LEFT, i)
+        y = load_rows(right[0], right[1], right[2], o_row, rows, rank, BLOCK_R, RIGHT, j)
         x, y = wide(x, BLOCK_R), wide(y, BLOCK_R)
         acc = tl.dot(tl.trans(x), y, acc, out_dtype=tl.float64)
     return acc
@@ -73,69 +69,18 @@ def _gram_wide_kernel(
     start = tl.load(tiles_ptr + 2 * i_tile + 1).to(tl.int64)
     row_ptr = table_ptr + side * COLUMNS
     rows = tl.load(row_ptr + ROWS)
-    y = tl.load(row_ptr + PARAM)
-    y_row, y_col = tl.load(row_ptr + PARAM_STRIDE_ROW), tl.load(row_ptr + PARAM_STRIDE_COL)
-    g = tl.load(row_ptr + GRAD)
-    g_row, g_col = tl.load(row_ptr + GRAD_STRIDE_ROW), tl.load(row_ptr + GRAD_STRIDE_COL)
-    q = tl.load(table_ptr + (side ^ 1) * COLUMNS + PARTNER_BASIS)
-
+    y, y_row = tl.load(row_ptr + PARAM), tl.load(row_ptr + PARAM_STRIDE_ROW)
+    y = (y, y_row, tl.load(row_ptr + PARAM_STRIDE_COL))
+    g, g_row = tl.load(row_ptr + GRAD), tl.load(row_ptr + GRAD_STRIDE_ROW)
+    g = (g, g_row, tl.load(row_ptr + GRAD_STRIDE_COL))
+    q = (tl.load(table_ptr + (side ^ 1) * COLUMNS + PARTNER_BASIS), rank, 1)
+    place = (start, rows, rank, i, j)
     if which == 0:
-        acc = _product(
-            y,
-            y_row,
-            y_col,
-            y,
-            y_row,
-            y_col,
-            start,
-            rows,
-            rank,
-            i,
-            j,
-            CHUNK,
-            BLOCK_N,
-            BLOCK_R,
-            PARAM_DTYPE,
-            PARAM_DTYPE,
-        )
+        acc = _product(y, y, place, CHUNK, BLOCK_N, BLOCK_R, PARAM_DTYPE, PARAM_DTYPE)
     elif which == 1:
-        acc = _product(
-            q,
-            rank,
-            1,
-            y,
-            y_row,
-            y_col,
-            start,
-            rows,
-            rank,
-            i,
-            j,
-            CHUNK,
-            BLOCK_N,
-            BLOCK_R,
-            tl.float32,
-            PARAM_DTYPE,
-        )
+        acc = _product(q, y, place, CHUNK, BLOCK_N, BLOCK_R, tl.float32, PARAM_DTYPE)
     else:
-        acc = _product(
-            g,
-            g_row,
-            g_col,
-            g,
-            g_row,
-            g_col,
-            start,
-            rows,
-            rank,
-            i,
-            j,
-            CHUNK,
-            BLOCK_N,
-            BLOCK_R,
-            GRAD_DTYPE,
-            GRAD_DTYPE,
-        )
+        acc = _product(g, g, place, CHUNK, BLOCK_N, BLOCK_R, GRAD_DTYPE, GRAD_DTYPE)
     o_r = tl.arange(0, BLOCK_R)
     out_ptr = partial_ptr + (i_tile * 3 + which) * R * R
     tl.store(out_ptr + (i + o_r[:, None]) * R + j + o_r[None, :], acc)

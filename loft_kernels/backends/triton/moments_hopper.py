@@ -33,7 +33,6 @@ from loft_kernels.backends.triton.centre import (
     sigma_sq_of,
     trace_limit,
 )
-from loft_kernels.backends.triton.moments import C_SCALE, UNSCALE, powers
 from loft_kernels.backends.triton.operands import scale_of
 from loft_kernels.backends.triton.operands_hopper import (
     SQUARE,
@@ -43,6 +42,7 @@ from loft_kernels.backends.triton.operands_hopper import (
     unforeseen,
     write_partner,
 )
+from loft_kernels.backends.triton.products import C_SCALE, UNSCALE, powers
 from loft_kernels.backends.triton.tables import (
     BETA1,
     BETA2,

@@ -103,28 +103,23 @@ def project_back(
     move_rows(row_ptr, hyper_ptr, side, direction, o_row, rows, o_r, rank, HAS_MASTER, PARAM_DTYPE)
 
 
+# Sizes of a kernel's tiles, as its functions hand them on: BLOCK_M, BLOCK_N, R, MAIN, TAIL, SPLIT.
+# They stand in a tuple, as operands, slots and barriers do, since calls know no starred arguments.
+
+
 @gluon.jit
-def _fetch(
-    t,
-    live,
-    o_partner,
-    main,
-    tail,
-    halves,
-    slots,
-    bars,
-    BLOCK_N: gl.constexpr,
-    MAIN: gl.constexpr,
-    TAIL: gl.constexpr,
-    SPLIT: gl.constexpr,
-    R: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def _fetch(t, live, o_partner, operands, slots, bars, SIZES: gl.constexpr, STAGES: gl.constexpr):
     """Start to fetch all operands of tile t.
 
     Each operand has slots and barriers of its own, and all are armed first: the compiler separates
     accesses to one allocation by a barrier of the whole program.
     """
+    BLOCK_N: gl.constexpr = SIZES[1]
+    R: gl.constexpr = SIZES[2]
+    MAIN: gl.constexpr = SIZES[3]
+    TAIL: gl.constexpr = SIZES[4]
+    SPLIT: gl.constexpr = SIZES[5]
+    _, main, tail, halves = operands
     s_main, s_tail, s_high, s_low = slots
     main_full, tail_full, high_full, low_full = bars
     slot = t % STAGES
@@ -145,20 +140,18 @@ def _fetch(
 
 
 @gluon.jit
-def _copy(
-    row_ptr,
-    slots,
-    BLOCK_N: gl.constexpr,
-    MAIN: gl.constexpr,
-    TAIL: gl.constexpr,
-    R: gl.constexpr,
-    WARPS: gl.constexpr,
-):
+def _copy(row_ptr, slots, SIZES: gl.constexpr):
     """Bring all operands of a tile, whose first row is given, to the first slot by plain loads.
 
     For the loop that few blocks take: were it to fetch as the usual one does, the compiler would
     move the usual one's descriptors to uniform registers anew in every tile.
     """
+    BLOCK_M: gl.constexpr = SIZES[0]
+    BLOCK_N: gl.constexpr = SIZES[1]
+    R: gl.constexpr = SIZES[2]
+    MAIN: gl.constexpr = SIZES[3]
+    TAIL: gl.constexpr = SIZES[4]
+    WARPS: gl.constexpr = BLOCK_M // 16
     s_main, s_tail, s_high, s_low = slots
     WIDTH: gl.constexpr = MAIN + TAIL + 2 * R
     LANES: gl.constexpr = MAIN // 8
@@ -182,24 +175,22 @@ def _copy(
 def _stream(
     tiles,
     o_partner,
-    partner_ptr,
-    main,
-    tail,
-    halves,
+    operands,
     slots,
     bars,
     left_operands,
     of_rows,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    R: gl.constexpr,
-    MAIN: gl.constexpr,
-    TAIL: gl.constexpr,
-    SPLIT: gl.constexpr,
+    SIZES: gl.constexpr,
     STAGES: gl.constexpr,
     SECOND: gl.constexpr,
 ):
     """Return D Q of some rows, over all tiles of partner rows."""
+    BLOCK_M: gl.constexpr = SIZES[0]
+    BLOCK_N: gl.constexpr = SIZES[1]
+    R: gl.constexpr = SIZES[2]
+    MAIN: gl.constexpr = SIZES[3]
+    TAIL: gl.constexpr = SIZES[4]
+    SPLIT: gl.constexpr = SIZES[5]
     WARPS: gl.constexpr = BLOCK_M // 16
     WIDTH: gl.constexpr = MAIN + TAIL + 2 * R
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
@@ -219,8 +210,8 @@ def _stream(
                 slot = 0
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 tl.debug_barrier()
-                row_ptr = partner_ptr + (o_partner + t * BLOCK_N).to(gl.int64) * WIDTH
-                _copy(row_ptr, slots, BLOCK_N, MAIN, TAIL, R, WARPS)
+                first_row = (o_partner + t * BLOCK_N).to(gl.int64)
+                _copy(operands[0] + first_row * WIDTH, slots, SIZES)
             else:
                 mbarrier.wait(high_full.index(slot), phase)
             q = s_high.index(slot)
@@ -253,22 +244,7 @@ def _stream(
                 # All products of the tile before are done in every warp: its slot is free.
                 tl.debug_barrier()
                 ahead = t + STAGES - 1
-                _fetch(
-                    ahead,
-                    ahead < tiles,
-                    o_partner,
-                    main,
-                    tail,
-                    halves,
-                    slots,
-                    bars,
-                    BLOCK_N,
-                    MAIN,
-                    TAIL,
-                    SPLIT,
-                    R,
-                    STAGES,
-                )
+                _fetch(ahead, ahead < tiles, o_partner, operands, slots, bars, SIZES, STAGES)
             v = guarded(m_tile, dot, a, floor)
             d = two_entries(m_tile, v, tl.broadcast_to(eps[:, None], m_tile.shape))
             d = gl.convert_layout(d, left_narrow)
@@ -304,7 +280,7 @@ def _move_block(
     table_ptr, hyper_ptr, inverse_ptr, side, start, rank = of_block
     unbias1, floor, eps, tau, partner_rows = of_step
     a, b, c, sigma_sq, w, r_main, r_tail = residual
-    partner_ptr, main, tail, halves = operands
+    _, main, tail, halves = operands
     row_ptr = table_ptr + side * COLUMNS
     rows = gl.load(row_ptr + ROWS)
 
@@ -347,39 +323,16 @@ def _move_block(
             for stage in gl.static_range(STAGES):
                 mbarrier.init(bars[operand].index(stage), count=1)
         for stage in gl.static_range(STAGES - 1):
-            _fetch(
-                stage,
-                stage < tiles,
-                o_partner,
-                main,
-                tail,
-                halves,
-                slots,
-                bars,
-                BLOCK_N,
-                MAIN,
-                TAIL,
-                SPLIT,
-                R,
-                STAGES,
-            )
+            _fetch(stage, stage < tiles, o_partner, operands, slots, bars, SIZES, STAGES)
     projected = _stream(
         tiles,
         o_partner,
-        partner_ptr,
-        main,
-        tail,
-        halves,
+        operands,
         slots,
         bars,
         (m_high, m_low, w, r_main, r_tail),
         (a, b, c, floor, eps),
-        BLOCK_M,
-        BLOCK_N,
-        R,
-        MAIN,
-        TAIL,
-        SPLIT,
+        SIZES,
         STAGES,
         SECOND,
     )
