@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import multiprocessing
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +46,8 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-# Few ranks: on a GPU most of the time goes into compiling the kernels of each.
+# Few ranks: on a GPU most of the time goes into compiling the kernels of each. Cases of one largest
+# rank and dtype share them.
 CASES = (
     Case("r1-r4", ((45, 70, 1), (33, 20, 4))),
     Case("r8", ((150, 97, 8), (96, 193, 8))),
@@ -155,10 +159,29 @@ def run() -> dict[str, list[str]]:
         Per available backend what is wrong; an empty list is a pass.
     """
     results: dict[str, list[str]] = {}
+    for backend in backends.report().available:
+        if backend == "triton":
+            results[backend] = side_by_side(backend, "cuda")
+        else:
+            results[backend] = _check_all(backend, CASES, "cpu")
+    return results
+
+
+def side_by_side(backend: str, device: str) -> list[str]:
+    """Check all cases in processes of their own, so that kernels are compiled at the same time."""
+    kinds: dict[tuple, list[Case]] = {}
+    for case in CASES:
+        kinds.setdefault((max(rank for *_, rank in case.shapes), case.dtype), []).append(case)
+    workers = max(1, min(len(kinds), os.cpu_count() or 1))
+    # CUDA does not survive a fork.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        running = [pool.submit(_check_all, backend, cases, device) for cases in kinds.values()]
+        return [wrong for future in running for wrong in future.result()]
+
+
+def _check_all(backend: str, cases: Sequence[Case], device: str) -> list[str]:
+    """Check some cases; returns what is wrong."""
     with warnings.catch_warnings():
         # Cases that a backend leaves to the reference path, and one-sided pairs, say so.
         warnings.simplefilter("ignore", UserWarning)
-        for backend in backends.report().available:
-            device = "cuda" if backend == "triton" else "cpu"
-            results[backend] = [w for case in CASES for w in check(backend, case, device)]
-    return results
+        return [wrong for case in cases for wrong in check(backend, case, device)]

@@ -339,6 +339,9 @@ def _advance_second(
             zero = gl.zeros([SQUARE], gl.float16, gl.SliceLayout(0, by_row))
             gl.store(out_row + PACKED + o_j, zero, mask=o_j < PADDING)
         top, trace = gl.reduce((diagonal_next, diagonal_next), 0, _larger_and_added)
+    if CARRY:
+        # The last row fetched zeros alone, but into memory that is given to others next.
+        async_copy.wait_group(0)
 
 
 @gluon.jit
