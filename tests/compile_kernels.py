@@ -36,6 +36,8 @@ POINTERS = {
     "tiles_ptr": "*i32",
     "changed_ptr": "*i32",
     "pairs_ptr": "*i32",
+    "selection_ptr": "*fp16",
+    "weight_ptr": "*fp32",
     "skipped_ptr": "*i64",
     "change_ptr": "*fp32",
     "centre_ptr": "*fp32",

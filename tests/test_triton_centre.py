@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="the Triton backend is optional")
 from test_triton import DEVICE, kernel_step
 
 from bench import accuracy, histories
-from loft_kernels.backends.triton import configs
+from loft_kernels.backends.triton import configs, packing
 from loft_kernels.backends.triton.step import LaunchPlan
 
 ROWS, PARTNER_ROWS = 40, 192
@@ -78,3 +78,15 @@ def test_rank_two_histories(kind, rank, take_step, monkeypatch):
     exact = accuracy.take_step(start, "reference", "default", exact=True)
     error = error_of(start, take_step(start, "default"), exact)
     assert error <= LIMITS[kind], f"error {error:.1e}, limit {LIMITS[kind]:.1e}"
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5, 8, 9, 13, 16])
+def test_selection_picks_both_factors_of_every_packed_entry(rank):
+    x = torch.arange(1.0, 17.0)
+    first, second = (x @ half.float().T for half in packing.selection(rank))
+    i, j = torch.triu_indices(rank, rank)
+    expected = torch.zeros(packing.packing(rank).products)
+    expected[: len(i)] = x[i] * x[j] * torch.where(i == j, 1.0, 2.0)
+    assert torch.equal(first * second, expected)
+    assert torch.equal(packing.weights(rank)[: len(i)], torch.where(i == j, 1.0, 2.0))
+    assert packing.weights(rank)[len(i) :].sum() == 0

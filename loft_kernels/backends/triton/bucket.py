@@ -27,7 +27,7 @@ from loft_kernels.backends.triton.moments_hopper import (
     _moments_hopper_kernel,
 )
 from loft_kernels.backends.triton.operands import _operands_kernel
-from loft_kernels.backends.triton.packing import packing, pair_table
+from loft_kernels.backends.triton.packing import packing, pair_table, selection, weights
 from loft_kernels.backends.triton.solve import _solve_kernel
 from loft_kernels.backends.triton.solve_wide import SQUARES, _solve_wide_kernel
 from loft_kernels.backends.triton.update import _update_kernel
@@ -86,6 +86,7 @@ class Bucket:
         self.wide, self.apart = self.blocks > 1, configs.apart(self.rank)
         self.hopper = plan.capability[0] == 9 and not exact and not self.wide
         self.packing = packing(self.rank)
+        self._constant = plan.constant
         self.pair_table = plan.constant(("pairs", self.rank), partial(pair_table, self.rank))
         if exact:
             tile = configs.exact_tile(self.rank)
@@ -430,6 +431,9 @@ class Bucket:
             if resident:
                 kernel = _update_hopper_kernel
                 fixed |= {"pairs_ptr": self.pair_table, "MAIN": columns.main}
+                for name, make in (("selection", selection), ("weight", weights)):
+                    key = (name, self.rank)
+                    fixed[f"{name}_ptr"] = self._constant(key, partial(make, self.rank))
                 fixed |= {"SPLIT": columns.split, "RANK": fixed.pop("rank")}
             else:
                 kernel = _update_hopper_wide_kernel

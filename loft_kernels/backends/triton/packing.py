@@ -66,3 +66,25 @@ def pair_table(rank: int) -> Tensor:
     """List the pair of every packed entry as ``i + 65536 j``: int32, r(r+1)/2."""
     i, j = torch.triu_indices(rank, rank)
     return (i + 65536 * j).to(torch.int32)
+
+
+def selection(rank: int) -> Tensor:
+    """Build what picks both factors of every packed entry out of a vector: fp16, 2 x products x 16.
+
+    Column k of a product with the first is entry i of the vector, of one with the second entry j,
+    twice off the diagonal; up to rank 16.
+    """
+    chosen = torch.zeros(2, packing(rank).products, 16, dtype=torch.float16)
+    i, j = torch.triu_indices(rank, rank)
+    k = torch.arange(len(i))
+    chosen[0, k, i] = 1
+    chosen[1, k, j] = weights(rank)[k].half()
+    return chosen
+
+
+def weights(rank: int) -> Tensor:
+    """List how often every packed entry counts: fp32, 1 on the diagonal, 0 in the padding."""
+    i, j = torch.triu_indices(rank, rank)
+    counts = torch.zeros(packing(rank).products)
+    counts[: len(i)] = torch.where(i == j, 1.0, 2.0)
+    return counts

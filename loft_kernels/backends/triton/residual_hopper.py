@@ -8,21 +8,19 @@ from __future__ import annotations
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from loft_kernels.backends.triton.centre import (
+    clamped,
     diagonal_of,
     enough,
-    first_centre,
     from_row,
-    moment_entries,
-    norm_sq_of,
     pair_of,
     residual_weight,
     second_centre,
     second_entries,
     shrink_of,
     sigma_sq_of,
-    sums_of,
     trace_limit,
     unit_of,
 )
@@ -122,97 +120,158 @@ def second_residual_rows(
     b *= 2 * by_m * gl.sqrt(by_unit) * shrink * shrink
     b = gl.convert_layout(b, gl.SliceLayout(1, WIDE))
     c = gl.convert_layout(c * scale, gl.SliceLayout(1, WIDE))
+    sigma_sq = gl.convert_layout(sigma_sq, gl.SliceLayout(1, WIDE))
     return a, b, c, sigma_sq, gl.convert_layout(w, left_wide), main, tail
+
+
+@gluon.jit
+def _block(
+    m_high,
+    m_low,
+    p_ptr,
+    tables,
+    scale,
+    left,
+    RANK: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    FIRST: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    PRODUCTS: gl.constexpr,
+    LEFT: gl.constexpr,
+    SQUARE: gl.constexpr,
+):
+    """Return P, P counted twice off the diagonal, and m^T m likewise, of a block of columns."""
+    PACKED: gl.constexpr = RANK * (RANK + 1) // 2
+    right: gl.constexpr = gl.DotOperandLayout(1, SQUARE, 2)
+    selection_ptr, weight_ptr = tables
+    o_r = gl.arange(0, 16, gl.SliceLayout(1, right))
+    o_n = gl.arange(0, COLUMNS, gl.SliceLayout(0, right))
+    chosen_ptrs = selection_ptr + FIRST * 16 + (o_n[None, :] * 16 + o_r[:, None])
+    none = gl.zeros([BLOCK_M, COLUMNS], gl.float32, SQUARE)
+    chosen = gl.load(chosen_ptrs)
+    m_i = mma_v2(m_high, chosen, mma_v2(m_low, chosen, none))
+    chosen = gl.load(chosen_ptrs + PRODUCTS * 16)
+    m_j = mma_v2(m_high, chosen, mma_v2(m_low, chosen, none))
+    m_m = gl.convert_layout(m_i * m_j, LEFT, assert_trivial=True)
+    o_row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, LEFT))
+    o_k = FIRST + gl.arange(0, COLUMNS, gl.SliceLayout(0, LEFT))
+    mask = (o_row < left)[:, None] & (o_k < PACKED)[None, :]
+    p = gl.load(p_ptr + ((o_row * PACKED)[:, None] + o_k[None, :]), mask=mask, other=0.0)
+    p = p * scale[:, None]
+    return p, p * gl.load(weight_ptr + o_k)[None, :], m_m
 
 
 @gluon.jit
 def centred_rows(
     row_ptr,
-    pairs_ptr,
+    tables,
     start,
-    rank,
     unbias1,
     unbias2,
+    RANK: gl.constexpr,
     BLOCK_M: gl.constexpr,
-    BY_MAIN: gl.constexpr,
-    BY_16: gl.constexpr,
+    WIDE: gl.constexpr,
     MAIN: gl.constexpr,
     TAIL: gl.constexpr,
     SECOND: gl.constexpr,
 ):
     """Load P of some rows and centre it along m.
 
+    Whatever is picked out of a row, a product with 0, 1 and 2 on the tensor cores picks: rows lie
+    as the products of tiles take them, and their sums are sums over four threads.
+
     Returns:
         Whether a second centre is asked for (never without SECOND), and what `residual_rows` takes:
-        P, m^T m and weights of both blocks of packed entries, a and sigma^2 in the rows of BY_MAIN.
+        P and m^T m of both blocks of packed entries, counted twice off the diagonal, a, m P m^T,
+        sigma^2 and its share of P.
     """
-    rowwise16: gl.constexpr = gl.SliceLayout(1, BY_16)
+    SQUARE: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [BLOCK_M // 16, 1], [16, 8])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, WIDE, 2)
+    taken: gl.constexpr = gl.DotOperandLayout(0, SQUARE, 2)
     m_ptr = gl.load(row_ptr + EXP_AVG).to(gl.pointer_type(gl.float32))
     p_ptr = gl.load(row_ptr + SECOND_MOMENT).to(gl.pointer_type(gl.float32))
-    m_ptr, p_ptr, left = from_row(m_ptr, p_ptr, gl.load(row_ptr + ROWS), start, rank)
-    rowwise: gl.constexpr = gl.SliceLayout(1, BY_MAIN)
-    o_row16 = gl.arange(0, BLOCK_M, rowwise16)
-    o_16 = gl.arange(0, 16, gl.SliceLayout(0, BY_16))
-    diagonal = diagonal_of(p_ptr, o_row16 < left, o_row16, o_16, rank) * unbias2
-    unit16 = unit_of(diagonal)
-    trace = gl.sum(diagonal, axis=1) * unit16
-    m_sq = norm_sq_of(m_ptr, o_row16 < left, o_row16, o_16, rank, unbias1, unit16)
-    unit = gl.convert_layout(unit16, rowwise)
-    m_sq = gl.convert_layout(m_sq, rowwise)
-    o_row = gl.arange(0, BLOCK_M, rowwise)
-    o_k = gl.arange(0, MAIN, gl.SliceLayout(0, BY_MAIN))
-    main = moment_entries(m_ptr, p_ptr, pairs_ptr, o_row, left, o_k, rank, unbias1, unbias2)
-    p, m_m, weight = main
-    p_sq, mpm = sums_of(p, m_m, weight[None, :], unit)
-    tail = main
+    m_ptr, p_ptr, left = from_row(m_ptr, p_ptr, gl.load(row_ptr + ROWS), start, RANK)
+    o_row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, LEFT))
+    o_16 = gl.arange(0, 16, gl.SliceLayout(0, LEFT))
+    live = o_row < left
+    diagonal = diagonal_of(p_ptr, live, o_row, o_16, RANK) * unbias2
+    unit = unit_of(diagonal)
+    mask = live[:, None] & (o_16 < RANK)[None, :]
+    m = gl.load(m_ptr + (o_row[:, None] * RANK + o_16[None, :]), mask=mask, other=0.0)
+    m *= (unbias1 * gl.sqrt(unit))[:, None]
+    # The maximum: see `norm_sq_of`.
+    m_sq = gl.sum(gl.maximum(m * m, 0.0), axis=1)
+    some = m_sq > 1e-18
+    by_m_sq = gl.where(some, 1.0 / gl.where(some, m_sq, 1.0), 0.0)
+    # Of length 16, so that its low halves are no subnormal numbers.
+    m *= 16.0 * gl.sqrt(by_m_sq)[:, None]
+    m_high = m.to(gl.float16)
+    m_low = gl.convert_layout((m - m_high.to(gl.float32)).to(gl.float16), taken)
+    m_high = gl.convert_layout(m_high, taken)
+    scale = unit * unbias2
+    PRODUCTS: gl.constexpr = MAIN + TAIL
+    p, main, m_m = _block(
+        m_high,
+        m_low,
+        p_ptr,
+        tables,
+        scale,
+        left,
+        RANK,
+        BLOCK_M,
+        0,
+        MAIN,
+        PRODUCTS,
+        LEFT,
+        SQUARE,
+    )
+    p_sq, mpm = gl.sum(p * main, axis=1), gl.sum(p * m_m, axis=1)
+    tail, m_m_t = main, m_m
     if TAIL > 0:
-        o_k = MAIN + o_16
-        tail = moment_entries(m_ptr, p_ptr, pairs_ptr, o_row16, left, o_k, rank, unbias1, unbias2)
-        p_t, m_m_t, weight_t = tail
-        more = sums_of(p_t, m_m_t, weight_t[None, :], unit16)
-        p_sq += gl.convert_layout(more[0], rowwise)
-        mpm += gl.convert_layout(more[1], rowwise)
-    a, r_sq = first_centre(p_sq, mpm, m_sq)
+        p, tail, m_m_t = _block(
+            m_high,
+            m_low,
+            p_ptr,
+            tables,
+            scale,
+            left,
+            RANK,
+            BLOCK_M,
+            MAIN,
+            TAIL,
+            PRODUCTS,
+            LEFT,
+            SQUARE,
+        )
+        p_sq += gl.sum(p * tail, axis=1)
+        mpm += gl.sum(p * m_m_t, axis=1)
+    along = mpm * (1.0 / 256.0)
+    r_sq = clamped(p_sq - along * along, p_sq)
     second = left < 0
     if SECOND:
-        limit = gl.convert_layout(trace_limit(p_sq, r_sq, a, m_sq), rowwise16)
-        second = enough(trace < limit, gl.minimum(left, BLOCK_M))
-    return second, (main, tail, a, sigma_sq_of(r_sq, unit))
+        trace = gl.sum(diagonal, axis=1) * unit
+        asking = trace < trace_limit(p_sq, r_sq, along, 1.0)
+        second = enough(asking, gl.minimum(left, BLOCK_M))
+    sigma_sq = sigma_sq_of(r_sq, unit)
+    moments = (main, tail, m_m, m_m_t)
+    return second, (moments, along * by_m_sq, mpm * (1.0 / 65536.0), sigma_sq, sigma_sq / unit)
 
 
 @gluon.jit
-def residual_rows(
-    row_ptr,
-    centred,
-    eps,
-    BLOCK_M: gl.constexpr,
-    BY_16: gl.constexpr,
-    WIDE: gl.constexpr,
-    TAIL: gl.constexpr,
-):
+def residual_rows(row_ptr, centred, eps, BLOCK_M: gl.constexpr, WIDE: gl.constexpr):
     """Form the centred second moment of some rows in two blocks, as left operands of products.
 
     Before it: a, 2 b and c as rows of a tile have them (2 b and c with all scales, 0 without a
-    second centre), sigma^2 in the rows of BY_16 and w.
+    second centre), sigma^2 and w.
     """
-    rowwise16: gl.constexpr = gl.SliceLayout(1, BY_16)
     of_tile: gl.constexpr = gl.SliceLayout(1, WIDE)
-    left_wide: gl.constexpr = gl.DotOperandLayout(0, WIDE, 2)
-    main, tail, a, sigma_sq = centred
-    p, m_m, weight = main
+    moments, a, along, sigma_sq, by_unit = centred
+    main, tail, m_m, m_m_t = moments
     shrink = shrink_of(eps * gl.sqrt(sigma_sq))
-    counts = sigma_sq * shrink * shrink * residual_weight(row_ptr)
-    r_main = (p - a[:, None] * m_m) * (counts[:, None] * weight[None, :])
-    r_main = gl.convert_layout(r_main.to(gl.float16), left_wide)
-    r_tail = r_main
-    if TAIL > 0:
-        p, m_m, weight = tail
-        counts = gl.convert_layout(counts, rowwise16)
-        r_tail = p - gl.convert_layout(a, rowwise16)[:, None] * m_m
-        r_tail = (r_tail * (counts[:, None] * weight[None, :])).to(gl.float16)
-        r_tail = gl.convert_layout(r_tail, left_wide)
-    a = gl.convert_layout(a, of_tile)
-    sigma_sq = gl.convert_layout(sigma_sq, rowwise16)
+    counts = by_unit * shrink * shrink * residual_weight(row_ptr)
+    main = ((main - along[:, None] * m_m) * counts[:, None]).to(gl.float16)
+    tail = ((tail - along[:, None] * m_m_t) * counts[:, None]).to(gl.float16)
+    a, sigma_sq = gl.convert_layout(a, of_tile), gl.convert_layout(sigma_sq, of_tile)
     none = gl.zeros([BLOCK_M], gl.float32, of_tile)
-    w = gl.zeros([BLOCK_M, 16], gl.float16, left_wide)
-    return a, none, none, sigma_sq, w, r_main, r_tail
+    w = gl.zeros([BLOCK_M, 16], gl.float16, gl.DotOperandLayout(0, WIDE, 2))
+    return a, none, none, sigma_sq, w, main, tail

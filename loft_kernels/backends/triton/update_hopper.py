@@ -276,7 +276,6 @@ def _move_block(
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, R, 16])
     left_wide: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
-    by_16: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
     table_ptr, hyper_ptr, inverse_ptr, side, start, rank = of_block
     unbias1, floor, eps, tau, partner_rows = of_step
     a, b, c, sigma_sq, w, r_main, r_tail = residual
@@ -287,17 +286,16 @@ def _move_block(
     # sigma m in two halves, in registers too.
     m_ptr = gl.load(row_ptr + EXP_AVG).to(gl.pointer_type(gl.float32))
     m_ptr, left = m_ptr + start * rank, (rows - start).to(gl.int32)
-    o_row16 = gl.arange(0, BLOCK_M, gl.SliceLayout(1, by_16))
-    o_16 = gl.arange(0, 16, gl.SliceLayout(0, by_16))
-    scale = gl.sqrt(sigma_sq)[:, None] * unbias1
-    m_high, m_low, part = load_half(m_ptr, o_row16, left, o_16, rank, scale, SPLIT, gl.float16)
+    o_row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, left_wide))
+    o_16 = gl.arange(0, 16, gl.SliceLayout(0, left_wide))
+    sigma = gl.sqrt(sigma_sq)
+    scale = gl.convert_layout(sigma, gl.SliceLayout(1, left_wide))[:, None] * unbias1
+    m_high, m_low, part = load_half(m_ptr, o_row, left, o_16, rank, scale, SPLIT, gl.float16)
     if SPLIT == 3:
         m_high = gl.where((part == 1)[None, :], m_low, m_high)
     if SPLIT == 2:
         m_low = gl.where((part == 0)[None, :], m_low, gl.full_like(m_low, 0.0))
-    m_high = gl.convert_layout(m_high, left_wide)
-    m_low = gl.convert_layout(m_low, left_wide)
-    eps = eps * gl.convert_layout(gl.sqrt(sigma_sq), gl.SliceLayout(1, wide))
+    eps = eps * sigma
     shrink = shrink_of(eps)
     a, floor, eps = a * shrink * shrink, floor * shrink * shrink, eps * shrink
     shrink = gl.convert_layout(shrink, gl.SliceLayout(1, narrow))
@@ -367,6 +365,8 @@ def _update_hopper_kernel(
     numbers_ptr,
     inverse_ptr,
     pairs_ptr,
+    selection_ptr,
+    weight_ptr,
     partner_ptr,
     main,
     tail,
@@ -405,14 +405,13 @@ def _update_hopper_kernel(
         SECOND: gl.constexpr = SPLIT == 1  # above rank 8
         second, centred = centred_rows(
             row_ptr,
-            pairs_ptr,
+            (selection_ptr, weight_ptr),
             start,
-            RANK,
             unbias1,
             unbias2,
+            RANK,
             BLOCK_M,
-            by_main,
-            by_16,
+            wide,
             MAIN,
             TAIL,
             SECOND,
@@ -441,7 +440,7 @@ def _update_hopper_kernel(
                     of_block, of_step, twofold, operands, SIZES, 1, HAS_MASTER, PARAM_DTYPE, True
                 )
             else:
-                usual = residual_rows(row_ptr, centred, eps, BLOCK_M, by_16, wide, TAIL)
+                usual = residual_rows(row_ptr, centred, eps, BLOCK_M, wide)
                 _move_block(
                     of_block,
                     of_step,
@@ -454,7 +453,7 @@ def _update_hopper_kernel(
                     False,
                 )
         else:
-            usual = residual_rows(row_ptr, centred, eps, BLOCK_M, by_16, wide, TAIL)
+            usual = residual_rows(row_ptr, centred, eps, BLOCK_M, wide)
             _move_block(
                 of_block, of_step, usual, operands, SIZES, STAGES, HAS_MASTER, PARAM_DTYPE, False
             )
