@@ -80,6 +80,19 @@ def test_rank_two_histories(kind, rank, take_step, monkeypatch):
     assert error <= LIMITS[kind], f"error {error:.1e}, limit {LIMITS[kind]:.1e}"
 
 
+@pytest.mark.parametrize("rank", [16, 32, 48])
+@pytest.mark.parametrize("steps", [3, 5, 200])
+def test_a_second_centre_is_found_where_the_partner_has_turned_away(
+    rank, steps, take_step, monkeypatch
+):
+    # C leaves little of P, and of its trace: a bound of it would hide that R is of rank one.
+    monkeypatch.setattr(histories, "MOVED", 3.0)
+    start = draw("turns", 0.01, steps, rank)
+    exact = accuracy.take_step(start, "reference", "default", exact=True)
+    error = error_of(start, take_step(start, "default"), exact)
+    assert error <= 6e-4, f"error {error:.1e}"
+
+
 @pytest.mark.parametrize("rank", [1, 3, 5, 8, 9, 13, 16])
 def test_selection_picks_both_factors_of_every_packed_entry(rank):
     x = torch.arange(1.0, 17.0)

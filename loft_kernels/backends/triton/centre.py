@@ -87,14 +87,21 @@ def sums_of(p, m_m, weight, unit):
 
 
 @triton.jit
+def sum_of_squares(x):
+    """Return the sum of squares of each row, the same in all threads.
+
+    The maximum keeps the compiler from fusing a square with the first addition of another thread's:
+    each of the two would round its own, and threads disagree on the row's sum.
+    """
+    return tl.sum(tl.maximum(x * x, 0.0), axis=1)
+
+
+@triton.jit
 def norm_sq_of(m_ptr, live, o_row, o_col, rank, unbias1, unit):
     """Return |m^|^2 of some rows in units of P's top entry."""
     mask = live[:, None] & (o_col < rank)[None, :]
     m = tl.load(m_ptr + (o_row[:, None] * rank + o_col[None, :]), mask=mask, other=0.0)
-    m *= (unbias1 * tl.sqrt(unit))[:, None]
-    # The maximum keeps the compiler from fusing the square with the first addition of another
-    # thread's: each of the two would round its own, and threads disagree on the row's sum.
-    return tl.sum(tl.maximum(m * m, 0.0), axis=1)
+    return sum_of_squares(m * (unbias1 * tl.sqrt(unit))[:, None])
 
 
 @triton.jit
@@ -210,9 +217,9 @@ def second_direction(m, p_m, alpha, p_ptr, live, o_row, o_col, rank, scale):
     w = p_m - alpha[:, None] * m
     w += column * tl.where(tl.sum(tl.where(own, w, 0.0), axis=1) < 0, -1.0, 1.0)[:, None]
     # Twice: where P is m^T m the first leaves rounding errors, and these are not orthogonal to m.
-    w *= inverse_norm(tl.sum(w * w, axis=1))[:, None]
+    w *= inverse_norm(sum_of_squares(w))[:, None]
     w -= tl.sum(w * m, axis=1)[:, None] * m
-    w *= inverse_norm(tl.sum(w * w, axis=1))[:, None]
+    w *= inverse_norm(sum_of_squares(w))[:, None]
     return w - tl.sum(w * m, axis=1)[:, None] * m
 
 
@@ -248,14 +255,14 @@ def second_centre(
     scale = unit * unbias2
     m = tl.load(m_ptr + (o_row[:, None] * rank + o_col[None, :]), mask=mask, other=0.0)
     m *= (unbias1 * tl.sqrt(unit))[:, None]
-    by_m = inverse_norm(tl.sum(m * m, axis=1))
+    by_m = inverse_norm(sum_of_squares(m))
     m *= by_m[:, None]
     p_m, p_sq = times_p(m, p_ptr, live, o_row, o_col, rank, scale)
     a, p_sq = tl.sum(m * p_m, axis=1), tl.sum(p_sq, axis=1)
     w = second_direction(m, p_m, a, p_ptr, live, o_row, o_col, rank, scale).to(DTYPE)
     x = w.to(tl.float32)
     p_x, _ = times_p(x, p_ptr, live, o_row, o_col, rank, scale)
-    m_x, x_sq = tl.sum(m * x, axis=1), tl.sum(x * x, axis=1)
+    m_x, x_sq = tl.sum(m * x, axis=1), sum_of_squares(x)
     m_p_x, x_p_x = tl.sum(m * p_x, axis=1), tl.sum(x * p_x, axis=1)
     gain, b, c, less = least_squares(a, m_x, x_sq, m_p_x, x_p_x)
     return m, w, by_m, a, gain, b, c, clamped(p_sq - a * a - less, p_sq)

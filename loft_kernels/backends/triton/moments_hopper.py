@@ -264,7 +264,10 @@ def _advance_second(
     if RANK < SQUARE:
         upper = upper & (o_v < RANK)[None, :]
     o_d, m_d = o_v * RANK - (o_v * (o_v - 1)) // 2, o_v < RANK
+    shortens = rows < 0
     if CARRY:
+        c = gl.load(c_ptr + o_u[:, None] * SQUARE + o_v[None, :])
+        shortens = gl.sum(gl.sum(c * c, axis=1), axis=0) < 0.99 * RANK
         o_p = _triangle_row(o_u, 0, RANK)[:, None] + v_lane[None, :]
         _fetch(s_t, (p_ptr + o_p) + v_own[None, :], mask=upper)
         async_copy.commit_group()
@@ -314,8 +317,11 @@ def _advance_second(
         m_sq = m_sq * (root * root)
         mpm, p_sq = gl.reduce(_flat((p * m_i[:, None]) * m_j[None, :], p * p), 0, added)
         a, r_sq = first_centre(p_sq, mpm, m_sq)
-        # C shortens what it carries, if at all, so that this is the trace of P or a little more.
+        # C shortens what it carries, if at all, so that this is the trace of P or a little more,
+        # unless the partner has turned away.
         trace = (beta2 * trace + fresh2 * g_sq) * (unbias2 * unit)
+        if shortens:
+            trace = gl.sum(gl.reshape(gl.where(diagonal_p, p, 0.0), [SQUARE * SQUARE]), axis=0)
         asks = (trace < trace_limit(p_sq, r_sq, a, m_sq)) & (counts > 0.0)
         p -= (a * m_i)[:, None] * m_j[None, :]
         sigma_sq = sigma_sq_of(r_sq, unit)

@@ -27,6 +27,7 @@ from loft_kernels.backends.triton.centre import (
     second_centre,
     shrink_of,
     sigma_sq_of,
+    sum_of_squares,
     trace_limit,
     unit_of,
 )
@@ -299,7 +300,7 @@ def _write_residual(
     mask = live[:, None] & (o_j < rank)[None, :]
     m = tl.load(m_ptrs[:, None] + o_j[None, :], mask=mask, other=0.0) * m_scale[:, None]
     p_sq, mpm = _first_sums(m_ptrs, m, p_ptr, m_scale, p_scale, live, o_row, o_j, rank)
-    m_sq = tl.sum(m * m, axis=1)
+    m_sq = sum_of_squares(m)
     a, r_sq = first_centre(p_sq, mpm, m_sq)
     weight = residual_weight(row_ptr)
     eps = tl.load(hyper_ptr + EPS).to(tl.float32) * scale_of(partner_rows, rank)

@@ -21,6 +21,7 @@ from loft_kernels.backends.triton.centre import (
     second_entries,
     shrink_of,
     sigma_sq_of,
+    sum_of_squares,
     trace_limit,
     unit_of,
 )
@@ -199,8 +200,7 @@ def centred_rows(
     mask = live[:, None] & (o_16 < RANK)[None, :]
     m = gl.load(m_ptr + (o_row[:, None] * RANK + o_16[None, :]), mask=mask, other=0.0)
     m *= (unbias1 * gl.sqrt(unit))[:, None]
-    # The maximum: see `norm_sq_of`.
-    m_sq = gl.sum(gl.maximum(m * m, 0.0), axis=1)
+    m_sq = sum_of_squares(m)
     some = m_sq > 1e-18
     by_m_sq = gl.where(some, 1.0 / gl.where(some, m_sq, 1.0), 0.0)
     # Of length 16, so that its low halves are no subnormal numbers.
