@@ -52,6 +52,8 @@ class BuildWithNinja(build_ext):
         (folder / "build.ninja").write_text("\n".join(rules) + "\n")
         subprocess.run([*ninja, "-C", str(folder)], check=True)
         ext.sources, ext.extra_objects = [], list(objects.values())
+        # Or setuptools would leave a library alone that other objects, or other flags, have made.
+        ext.depends = [*ext.depends, *ext.extra_objects]
         return super().build_extension(ext)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
 from problems import make_adapter
@@ -31,6 +33,22 @@ def test_selftest_fails_on_a_wrong_step_and_names_it(capsys, monkeypatch):
     monkeypatch.setattr(lk.LoFTAdamW, "step", wrong)
     assert cli.main(["selftest"]) == 1
     assert "r8, step 1: 0.lora_B has error" in capsys.readouterr().out
+
+
+def test_cases_that_share_kernels_are_checked_in_one_process(monkeypatch):
+    monkeypatch.setattr(selftest, "CASES", (*selftest.CASES[:2], *selftest.CASES[-2:]))
+    before = len(multiprocessing.active_children())
+    assert selftest.side_by_side("reference", "cpu") == []
+    assert len(multiprocessing.active_children()) == before
+    # What is wrong elsewhere is found here again, or raised.
+    with pytest.raises(ValueError, match="Invalid backend"):
+        selftest.side_by_side("no backend", "cpu")
+    monkeypatch.setattr(selftest, "ProcessPoolExecutor", _no_processes)
+    assert selftest.side_by_side("reference", "cpu") == []
+
+
+def _no_processes(*_):
+    raise OSError("no more processes")
 
 
 def test_selftest_fails_where_a_required_backend_is_missing(capsys, monkeypatch):
