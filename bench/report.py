@@ -61,7 +61,8 @@ its place empty."""
 HEADINGS = {
     "Speed of a step": (
         "The naive loop is LoFT as its equations read: one adapter after the other, dense m x n "
-        "temporaries, r x r blocks. AdamW is not LoFT: it is the floor for touching the adapters."
+        "temporaries, r x r blocks. AdamW is not LoFT: it is the floor for touching the adapters. "
+        "A share is that of the whole step, on the device, in the ceiling it is nearest to (below)."
     ),
     "Share of the ceilings": (
         "Bytes, operations and special functions of each stage are counted from shapes and rank "

@@ -23,7 +23,7 @@ from bench.contenders import CONTENDERS, parity
 from bench.problem import Adapters
 from bench.record import append, command, environment, even, progress
 from bench.run import clear
-from bench.work import STAGES, Work, work_of
+from bench.work import STAGES, Work, share, work_of
 
 SMALL = {"copy": 1 << 26, "gemm": 1024}
 LARGE = {"copy": 1 << 31, "gemm": 8192}
@@ -84,21 +84,6 @@ def ceilings(device: str, repeats: int, sizes: dict[str, int]) -> dict[str, floa
     if device == "cuda":
         found["special"] = special_rate(repeats)
     return found
-
-
-def share(work: Work, ms: float, tops: dict[str, float], matrix: str) -> dict[str, Any]:
-    """Return a stage's numbers and its share of every ceiling over its time."""
-    counted = {
-        "bytes": work.bytes,
-        matrix: work.flop,
-        "flop64": work.flop64,
-        "special": work.special,
-    }
-    shares = {
-        name: amount / tops[name] / (ms / 1e3) for name, amount in counted.items() if name in tops
-    }
-    bound = max(shares, key=lambda name: shares[name])
-    return {"ms": ms, "work": counted, "shares": shares, "bound": bound, "share": shares[bound]}
 
 
 def stage_of(kernel: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from bench.cases import SHAPE_SETS
 from bench.contenders import CONTENDERS
 from bench.rows import Row, grouped, machine, newest, provenance
-from bench.work import STAGES
+from bench.work import STAGES, Work, share, work_of
 
 UNITS = {"bytes": ("TB/s", 1e12), "special": ("T special functions/s", 1e12)}
 
@@ -84,7 +84,20 @@ def step_table(rows: list[Row]) -> str:
     return table(["ms, host work included", *(f"r={r}" for r in ranks)], lines)
 
 
-def detail_table(found: dict[int, Row]) -> str:
+def ceilings_of(kinds: dict[str, list[Row]]) -> dict[str, dict[str, float]]:
+    """Return the newest ceilings of every machine."""
+    return {machine(row): row["ceilings"] for row in kinds.get("roofline", [])}
+
+
+def step_share(row: Row, tops: dict[str, float]) -> str:
+    """Write what share of the nearest ceiling a whole step on a GPU reaches, host work included."""
+    shapes = SHAPE_SETS[row["shapes"]].pairs(row["layers"])
+    work = sum(work_of(shapes, row["rank"], gpu=True).values(), Work())
+    found = share(work, row["device_ms"]["mean"], tops, "flop16")
+    return f"{100 * found['share']:.0f} % {found['bound']}"
+
+
+def detail_table(found: dict[int, Row], tops: dict[str, float]) -> str:
     """Tabulate everything that is known of one backend's steps: quantities by rank."""
 
     def spread(row: Row, key: str) -> str:
@@ -98,6 +111,7 @@ def detail_table(found: dict[int, Row]) -> str:
         "launches": lambda row: str(row["launches"]),
         "optimizer state": lambda row: size(row["state_bytes"]),
         "extra peak memory of a step": lambda row: size(row["peak_extra_bytes"]),
+        "share of its ceiling": lambda row: step_share(row, tops) if "flop16" in tops else "",
         "parity error": lambda row: f"{row['parity_error']:.1e}",
     }
     ranks = sorted(found)
@@ -116,7 +130,7 @@ def detail_table(found: dict[int, Row]) -> str:
 
 def speed_sections(kinds: dict[str, list[Row]]) -> list[str]:
     """Write the section of every machine and shape set."""
-    sections = []
+    sections, tops = [], ceilings_of(kinds)
     for (where, shapes), rows in run_rows(kinds).items():
         pairs = max(row["pairs"] for row in rows)
         known = SHAPE_SETS.get(shapes)
@@ -127,7 +141,8 @@ def speed_sections(kinds: dict[str, list[Row]]) -> list[str]:
         ]
         for name, found in by_rank(rows).items():
             if name in ("triton", "cpu"):
-                parts += [f"The {CONTENDERS[name].about} in detail:", detail_table(found)]
+                table_of = detail_table(found, tops.get(where, {}))
+                parts += [f"The {CONTENDERS[name].about} in detail:", table_of]
         sections.append("\n\n".join([*parts, provenance(rows)]))
     return sections
 

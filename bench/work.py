@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from loft_kernels.backends.triton.configs import HOPPER, row_tile
 from loft_kernels.reference import packed_length
@@ -80,3 +81,25 @@ def work_of(shapes: Sequence[tuple[int, int]], rank: int, *, gpu: bool) -> dict[
             special=1.5 * entries,
         ),
     }
+
+
+def share(work: Work, ms: float, tops: dict[str, float], matrix: str) -> dict[str, Any]:
+    """Return a stage's numbers and its share of every ceiling over its time.
+
+    Args:
+        work: that was done.
+        ms: that it took.
+        tops: what the machine was measured to do a second at most, by name.
+        matrix: the ceiling of the products that take the fast matrix units.
+    """
+    counted = {
+        "bytes": work.bytes,
+        matrix: work.flop,
+        "flop64": work.flop64,
+        "special": work.special,
+    }
+    shares = {
+        name: amount / tops[name] / (ms / 1e3) for name, amount in counted.items() if name in tops
+    }
+    bound = max(shares, key=lambda name: shares[name])
+    return {"ms": ms, "work": counted, "shares": shares, "bound": bound, "share": shares[bound]}

@@ -110,6 +110,19 @@ def stage(ms: float, share: float) -> dict:
     return {"ms": ms, "share": share, "bound": "bytes", "shares": {"bytes": share}}
 
 
+def test_a_step_has_its_share_of_the_ceilings_of_its_machine():
+    # Of 10 ms an entry of the weights takes a quarter, with a root and half a reciprocal each.
+    entries = 32 * (3 * 4096**2 + 2 * 4096 * 11008)
+    row = fake("triton", 4, 8.0, layers=None, device_ms={"mean": 10.0})
+    tops = {"bytes": 1e15, "flop16": 1e18, "flop64": 1e18, "special": entries * 1.5 * 400}
+    roof = {**row, "bench": "roofline", "ceilings": tops}
+    (section,) = tables.speed_sections({"run": [row], "roofline": [roof]})
+    assert "| share of its ceiling | 25 % special |" in section
+    elsewhere = {**roof, "gpu": "GPU Y"}
+    (section,) = tables.speed_sections({"run": [row], "roofline": [elsewhere]})
+    assert "share of its ceiling" not in section
+
+
 def test_every_kind_of_row_has_its_section(tmp_path):
     pytest.importorskip("matplotlib", reason="the report draws figures")
     base = fake("triton", 16, 8.0, ceilings={"bytes": 4.2e12, "flop16": 7.5e14, "special": 3e12})

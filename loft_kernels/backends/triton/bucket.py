@@ -432,8 +432,8 @@ class Bucket:
                 kernel = _update_hopper_kernel
                 fixed |= {"pairs_ptr": self.pair_table, "MAIN": columns.main}
                 for name, make in (("selection", selection), ("weight", weights)):
-                    key = (name, self.rank)
-                    fixed[f"{name}_ptr"] = self._constant(key, partial(make, self.rank))
+                    table = self._constant((name, self.rank), partial(make, self.rank))
+                    fixed[f"{name}_ptr"] = table
                 fixed |= {"SPLIT": columns.split, "RANK": fixed.pop("rank")}
             else:
                 kernel = _update_hopper_wide_kernel
