@@ -52,8 +52,9 @@ class BuildWithNinja(build_ext):
         (folder / "build.ninja").write_text("\n".join(rules) + "\n")
         subprocess.run([*ninja, "-C", str(folder)], check=True)
         ext.sources, ext.extra_objects = [], list(objects.values())
-        # Or setuptools would leave a library alone that other objects, or other flags, have made.
-        ext.depends = [*ext.depends, *ext.extra_objects]
+        # setuptools would leave a library alone that is newer than the headers, whatever objects
+        # and flags it was made of.
+        self.force = True
         return super().build_extension(ext)
 
 

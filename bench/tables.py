@@ -90,7 +90,7 @@ def ceilings_of(kinds: dict[str, list[Row]]) -> dict[str, dict[str, float]]:
 
 
 def step_share(row: Row, tops: dict[str, float]) -> str:
-    """Write what share of the nearest ceiling a whole step on a GPU reaches, host work included."""
+    """Write what share of the nearest ceiling a whole step reaches in its time on the GPU."""
     shapes = SHAPE_SETS[row["shapes"]].pairs(row["layers"])
     work = sum(work_of(shapes, row["rank"], gpu=True).values(), Work())
     found = share(work, row["device_ms"]["mean"], tops, "flop16")

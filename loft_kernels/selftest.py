@@ -168,19 +168,31 @@ def run() -> dict[str, list[str]]:
 
 
 def side_by_side(backend: str, device: str) -> list[str]:
-    """Check all cases in processes of their own, so that kernels are compiled at the same time."""
-    kinds: dict[tuple, list[Case]] = {}
-    for case in CASES:
-        kinds.setdefault((max(rank for *_, rank in case.shapes), case.dtype), []).append(case)
+    """Check all cases in processes of their own, so that kernels are compiled at the same time.
+
+    Where there can be no others, one after the other here: in a process of somebody's pool, in
+    a script without a main guard, on a GPU that admits one process.
+    """
+    if multiprocessing.parent_process() is not None:
+        return _check_all(backend, CASES, device)
+    kinds = _that_share_kernels(CASES)
     workers = max(1, min(len(kinds), os.cpu_count() or 1))
     try:
         # CUDA does not survive a fork.
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            running = [pool.submit(_check_all, backend, cases, device) for cases in kinds.values()]
+            running = [pool.submit(_check_all, backend, cases, device) for cases in kinds]
             return [wrong for future in running for wrong in future.result()]
-    except (OSError, RuntimeError):
-        # No more processes, or a GPU that admits one; whatever else is wrong is so here, too.
+    except (OSError, RuntimeError) as error:
+        warnings.warn(f"cases are checked one after the other: {error}", UserWarning, stacklevel=2)
         return _check_all(backend, CASES, device)
+
+
+def _that_share_kernels(cases: Sequence[Case]) -> list[list[Case]]:
+    """Sort cases by their largest rank and their dtype."""
+    kinds: dict[tuple, list[Case]] = {}
+    for case in cases:
+        kinds.setdefault((max(rank for *_, rank in case.shapes), case.dtype), []).append(case)
+    return list(kinds.values())
 
 
 def _check_all(backend: str, cases: Sequence[Case], device: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import os
 
 import pytest
 import torch
@@ -35,16 +35,31 @@ def test_selftest_fails_on_a_wrong_step_and_names_it(capsys, monkeypatch):
     assert "r8, step 1: 0.lora_B has error" in capsys.readouterr().out
 
 
-def test_cases_that_share_kernels_are_checked_in_one_process(monkeypatch):
-    monkeypatch.setattr(selftest, "CASES", (*selftest.CASES[:2], *selftest.CASES[-2:]))
-    before = len(multiprocessing.active_children())
-    assert selftest.side_by_side("reference", "cpu") == []
-    assert len(multiprocessing.active_children()) == before
-    # What is wrong elsewhere is found here again, or raised.
-    with pytest.raises(ValueError, match="Invalid backend"):
-        selftest.side_by_side("no backend", "cpu")
+def test_cases_of_one_rank_and_dtype_are_checked_together():
+    kinds = selftest._that_share_kernels(selftest.CASES)
+    assert sorted(c.name for cases in kinds for c in cases) == sorted(
+        c.name for c in selftest.CASES
+    )
+    shared = [{(max(s[2] for s in c.shapes), c.dtype) for c in cases} for cases in kinds]
+    assert all(len(kind) == 1 for kind in shared)
+    assert len(set.union(*shared)) == len(kinds)
+
+
+def test_cases_are_checked_in_other_processes(monkeypatch):
+    monkeypatch.setattr(selftest, "CASES", selftest.CASES[-2:])
+    here = []
+    real = selftest._check_all
+    monkeypatch.setattr(selftest, "_check_all", _report_process)
+    assert os.getpid() not in {int(line) for line in selftest.side_by_side("reference", "cpu")}
+    monkeypatch.setattr(selftest, "_check_all", lambda *args: here.append(args) or real(*args))
     monkeypatch.setattr(selftest, "ProcessPoolExecutor", _no_processes)
-    assert selftest.side_by_side("reference", "cpu") == []
+    with pytest.warns(UserWarning, match="one after the other: no more processes"):
+        assert selftest.side_by_side("reference", "cpu") == []
+    assert here == [("reference", selftest.CASES, "cpu")]
+
+
+def _report_process(*_):
+    return [str(os.getpid())]
 
 
 def _no_processes(*_):

@@ -86,8 +86,13 @@ class Bucket:
         self.wide, self.apart = self.blocks > 1, configs.apart(self.rank)
         self.hopper = plan.capability[0] == 9 and not exact and not self.wide
         self.packing = packing(self.rank)
-        self._constant = plan.constant
         self.pair_table = plan.constant(("pairs", self.rank), partial(pair_table, self.rank))
+        self._selection: dict[str, Tensor] = {}
+        if self.hopper and configs.resident(self.rank):
+            self._selection = {
+                name: plan.constant((name, self.rank), partial(make, self.rank))
+                for name, make in (("selection_ptr", selection), ("weight_ptr", weights))
+            }
         if exact:
             tile = configs.exact_tile(self.rank)
         elif self.hopper:
@@ -431,9 +436,7 @@ class Bucket:
             if resident:
                 kernel = _update_hopper_kernel
                 fixed |= {"pairs_ptr": self.pair_table, "MAIN": columns.main}
-                for name, make in (("selection", selection), ("weight", weights)):
-                    table = self._constant((name, self.rank), partial(make, self.rank))
-                    fixed[f"{name}_ptr"] = table
+                fixed |= self._selection
                 fixed |= {"SPLIT": columns.split, "RANK": fixed.pop("rank")}
             else:
                 kernel = _update_hopper_wide_kernel
