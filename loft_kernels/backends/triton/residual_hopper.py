@@ -127,21 +127,18 @@ def second_residual_rows(
 
 @gluon.jit
 def _block(
-    m_high,
-    m_low,
-    p_ptr,
+    of_rows,
     tables,
-    scale,
-    left,
-    RANK: gl.constexpr,
-    BLOCK_M: gl.constexpr,
     FIRST: gl.constexpr,
     COLUMNS: gl.constexpr,
     PRODUCTS: gl.constexpr,
+    RANK: gl.constexpr,
+    BLOCK_M: gl.constexpr,
     LEFT: gl.constexpr,
     SQUARE: gl.constexpr,
 ):
     """Return P, P counted twice off the diagonal, and m^T m likewise, of a block of columns."""
+    m_high, m_low, p_ptr, scale, left = of_rows
     PACKED: gl.constexpr = RANK * (RANK + 1) // 2
     right: gl.constexpr = gl.DotOperandLayout(1, SQUARE, 2)
     selection_ptr, weight_ptr = tables
@@ -208,41 +205,13 @@ def centred_rows(
     m_high = m.to(gl.float16)
     m_low = gl.convert_layout((m - m_high.to(gl.float32)).to(gl.float16), taken)
     m_high = gl.convert_layout(m_high, taken)
-    scale = unit * unbias2
+    of_rows = (m_high, m_low, p_ptr, unit * unbias2, left)
     PRODUCTS: gl.constexpr = MAIN + TAIL
-    p, main, m_m = _block(
-        m_high,
-        m_low,
-        p_ptr,
-        tables,
-        scale,
-        left,
-        RANK,
-        BLOCK_M,
-        0,
-        MAIN,
-        PRODUCTS,
-        LEFT,
-        SQUARE,
-    )
+    p, main, m_m = _block(of_rows, tables, 0, MAIN, PRODUCTS, RANK, BLOCK_M, LEFT, SQUARE)
     p_sq, mpm = gl.sum(p * main, axis=1), gl.sum(p * m_m, axis=1)
     tail, m_m_t = main, m_m
     if TAIL > 0:
-        p, tail, m_m_t = _block(
-            m_high,
-            m_low,
-            p_ptr,
-            tables,
-            scale,
-            left,
-            RANK,
-            BLOCK_M,
-            MAIN,
-            TAIL,
-            PRODUCTS,
-            LEFT,
-            SQUARE,
-        )
+        p, tail, m_m_t = _block(of_rows, tables, MAIN, TAIL, PRODUCTS, RANK, BLOCK_M, LEFT, SQUARE)
         p_sq += gl.sum(p * tail, axis=1)
         mpm += gl.sum(p * m_m_t, axis=1)
     along = mpm * (1.0 / 256.0)
