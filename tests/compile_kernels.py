@@ -118,7 +118,6 @@ def compile_rows(capability: int, rank: int) -> None:
         "COLUMNS_P": moments.columns,
         "WIDTH": columns.width,
         "PRODUCTS": columns.products,
-        "IDLE_ONLY": False,
         "PREFETCH": configs.prefetches(architecture, rank),
         "EXACT": False,
     }

@@ -110,6 +110,12 @@ CASES = [
     Case("missing-pair", spoil="missing-pair"),
     Case("zero-partner", spoil="zero"),
     Case("dependent-columns", spoil="dependent"),
+    # Somebody else moved both factors: P of the one that stays is carried over, too.
+    *(Case(f"edited-r{r}", ((33, 25),), (r,), spoil="edited", steps=(0,)) for r in (8, 24)),
+    *(
+        Case(f"edited-r{r}", ((33, 70), (66, 135)), (r,), spoil="edited")
+        for r in ((48, 64) if DEVICE == "cuda" else ())
+    ),
     # Squares of blocks; the interpreter needs seconds for each of their factorisations.
     Case("dependent-columns-r65", ((3, 68), (4, 3)), (65,), spoil="dependent", steps=(1,)),
     Case(
@@ -162,6 +168,10 @@ def spoil_factors(module: nn.ModuleList, case: Case) -> None:
         if case.spoil == "dependent":
             module[0].lora_A[3] = module[0].lora_A[1]
             module[1].lora_B[:, 0] = 2 * module[1].lora_B[:, 5] - module[1].lora_B[:, 2]
+        if case.spoil == "edited":
+            rng = torch.Generator().manual_seed(11)
+            for p in module.parameters():
+                p.add_(0.3 * torch.randn(p.shape, generator=rng).to(p))
 
 
 def twin_of(module: nn.ModuleList, opt: lk.LoFTAdamW, case: Case, dtype: torch.dtype | None):

@@ -93,6 +93,34 @@ def test_a_second_centre_is_found_where_the_partner_has_turned_away(
     assert error <= 6e-4, f"error {error:.1e}"
 
 
+@pytest.mark.parametrize("rank", [16, 32, 64])
+def test_a_second_centre_is_found_where_one_direction_is_lost_in_part(rank, take_step, monkeypatch):
+    """All rows have their means in one plane, and the partner gives one axis of it away by half."""
+    axes = torch.linalg.qr(torch.randn(rank, 2, generator=torch.Generator().manual_seed(1)))[0]
+    axes = axes.to(DEVICE, torch.float64)
+
+    def gradients(history, rows, rank, rng):
+        t = torch.arange(1, history.steps + 1, dtype=torch.float64, device=rng.device)
+        g = 0.01 * histories.normal(rng, rows, history.steps, rank)
+        for axis, mean in zip(axes.T, histories.HISTORIES["turns"](t, history.steps), strict=True):
+            g += histories.normal(rng, rows, 1, 1) * mean[:, None] * axis * rank**0.5
+        return g
+
+    def partner_twice(rows, rank, condition, rng):
+        if rows < rank:  # of the factor that stays
+            return histories.partner_twice(rows, rank, condition, rng)
+        before = torch.linalg.qr(histories.normal(rng, rows, rank))[0]
+        lost, fresh = before @ axes[:, 0], histories.normal(rng, rows) / rows**0.5
+        return before, before + torch.outer((lost + fresh) / 2**0.5 - lost, axes[:, 0])
+
+    monkeypatch.setattr(histories, "gradients", gradients)
+    monkeypatch.setattr(accuracy, "partner_twice", partner_twice)
+    start = draw("turns", 0.01, 200, rank)
+    exact = accuracy.take_step(start, "reference", "default", exact=True)
+    error = error_of(start, take_step(start, "default"), exact)
+    assert error <= 6e-4, f"error {error:.1e}"
+
+
 @pytest.mark.parametrize("rank", [1, 3, 5, 8, 9, 13, 16])
 def test_selection_picks_both_factors_of_every_packed_entry(rank):
     x = torch.arange(1.0, 17.0)

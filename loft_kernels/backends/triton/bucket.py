@@ -270,14 +270,15 @@ class Bucket:
     def write(self) -> None:
         """Advance the moments and move the factors."""
         moving = {"table_ptr": self.table, "hyper_ptr": self.hyper}
-        self._advance(moving)
+        if not self.broad:
+            self._advance(moving)
         shape = (self.layout.partner_rows, self.packing.width)
         partner = torch.empty(shape, dtype=self._operand_dtype, device=self.device)
         workspace = {"partner_ptr": partner, **(self._no_residuals or self._residual_space())}
         written, read = {**moving, **workspace}, {**moving, **self._read(workspace)}
         stem, describe = "operands", self._operands
         if self.broad:
-            stem, describe = "moments", self._moving_moments
+            stem, describe = "moments", self._moments_and_operands
         for index, part in enumerate(self.layout.parts):
             self._launch((stem, index), written, partial(describe, part))
             self._launch(("update", index), read, partial(self._update, part))
@@ -339,7 +340,6 @@ class Bucket:
                 **({} if self.wide else {"scratch_ptr": None}),
                 "decision_ptr": self.decision,
                 "inverse_ptr": self.inverse,
-                "numbers_ptr": self.numbers,
                 "change_ptr": self.change,
                 "changed_ptr": self.changed,
                 "tiles_ptr": self.layout.moment_tiles,
@@ -351,7 +351,6 @@ class Bucket:
                 "IDLE": tile.idle,
                 "COLUMNS_P": tile.columns,
                 "GRAD_DTYPE": DTYPES[self.grad_dtype],
-                "IDLE_ONLY": self.broad,
                 "EXACT": self.exact,
                 "PREFETCH": configs.prefetches(self._capability, self.rank),
             },
@@ -384,8 +383,8 @@ class Bucket:
             },
         )
 
-    def _moving_moments(self, part: Part) -> Launch:
-        """Describe the launch that advances moving factors' moments and writes all operands."""
+    def _moments_and_operands(self, part: Part) -> Launch:
+        """Describe the launch that advances the moments and writes all operands."""
         return Launch(
             _moments_hopper_kernel,
             len(part.operand_tiles),

@@ -32,8 +32,6 @@ from loft_kernels.backends.triton.tables import (
     GRAD,
     GRAD_STRIDE_COL,
     GRAD_STRIDE_ROW,
-    MOVES,
-    NUMBERS,
     ROWS,
     SCALING,
     SECOND_MOMENT,
@@ -191,7 +189,7 @@ def _packed_rows(
 
 
 @triton.jit
-def _prefetch(address, size):
+def prefetch(address, size):
     """Have the L2 cache fetch bytes of global memory; address and size are multiples of 16."""
     tl.inline_asm_elementwise(
         """
@@ -220,7 +218,7 @@ def _prefetch_rows(p_ptr, rows, RANK: tl.constexpr, BLOCK_M: tl.constexpr):
     address = p_ptr.to(tl.int64, bitcast=True)
     size = tl.where(address % 16 == 0, size - size % 16, 0)
     if size > 0:
-        _prefetch(address, size)
+        prefetch(address, size)
 
 
 @triton.jit
@@ -332,7 +330,6 @@ def _moments_kernel(
     tiles_ptr,
     hyper_ptr,
     decision_ptr,
-    numbers_ptr,
     inverse_ptr,
     change_ptr,
     changed_ptr,
@@ -345,7 +342,6 @@ def _moments_kernel(
     IDLE: tl.constexpr,
     COLUMNS_P: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
-    IDLE_ONLY: tl.constexpr,
     EXACT: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
@@ -354,8 +350,6 @@ def _moments_kernel(
     start = tl.load(tiles_ptr + 2 * i_tile + 1).to(tl.int64)
     row_ptr = table_ptr + side * COLUMNS
     serves = (tl.load(row_ptr + GRAD) != 0) & (tl.load(decision_ptr + SKIP) == 0)
-    if IDLE_ONLY:
-        serves = serves & (tl.load(numbers_ptr + side * NUMBERS + MOVES) == 0)
     if serves:
         scaling = tl.load(row_ptr + SCALING).to(tl.float64, bitcast=True)
         coefficient = tl.load(decision_ptr + COEFFICIENT) * tl.load(hyper_ptr + SIGN) / scaling

@@ -214,7 +214,7 @@ def workspace(
         residuals: residuals are written too.
     """
     places: list[tuple[int, int]] = [(0, 0)] * (2 * len(shapes))
-    tiles = []
+    by_side: list[list[tuple[int, int, int]]] = [[], []]
     totals, ends = [0, 0], (0, 0)
     for side in (0, 1):
         used = [0, 0] if shared else list(ends)
@@ -224,8 +224,12 @@ def workspace(
                 if kind == 0 and not residuals:
                     continue
                 padded = -(-rows // padding) * padding
-                tiles += [(2 * k + side, start, kind) for start in range(0, padded, block)]
+                by_side[side] += [(2 * k + side, start, kind) for start in range(0, padded, block)]
                 used[1 - kind] += padded
         ends = (used[0], used[1])
         totals = [max(t, u) for t, u in zip(totals, used, strict=True)]
+    # Sides in turns, in proportion: one of the two mostly moves, the other stays, and programs that
+    # wait for memory run beside others.
+    turns = [(k / len(own), tile) for own in by_side for k, tile in enumerate(own)]
+    tiles = [tile for _, tile in sorted(turns, key=lambda turn: turn[0])]
     return Workspace(places, totals[0], totals[1], torch.tensor(tiles, dtype=torch.int32))
