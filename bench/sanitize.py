@@ -49,9 +49,11 @@ def main(argv: list[str] | None = None) -> None:
             opt = lk.LoFTAdamW(
                 model, lr=1e-3, max_grad_norm=1.0, backend=args.backend, precision=precision
             )
-            for _ in range(4):
+            for step in range(4):
                 for p in model.parameters():
                     p.grad = torch.randn_like(p)
+                    if step == 2:  # somebody else moves both factors
+                        p.data += 0.1 * torch.randn_like(p)
                 opt.step()
             finite = all(bool(p.isfinite().all()) for p in model.parameters())
             print(f"r={rank} {precision}: {'finite' if finite else 'NOT FINITE'}", flush=True)

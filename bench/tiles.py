@@ -74,10 +74,11 @@ def cases_of(stages: Sequence[str], ranks: Sequence[int]) -> list[Case]:
     found: dict[tuple[str, str, int], list[int]] = {}
     for stage in stages:
         for rank in ranks:
-            own = stage == "update" and capability() == configs.HOPPER
-            if own and configs.broad(rank):
-                continue  # One tile fits the kernel of these ranks.
-            table = "hopper" if own and rank <= configs.LARGEST_SQUARE else stage
+            hopper = capability() == configs.HOPPER
+            if hopper and configs.broad(rank) and stage != "rows":
+                continue  # One tile fits the kernels of these ranks.
+            own = hopper and stage == "update" and rank <= configs.LARGEST_SQUARE
+            table = "hopper" if own else stage
             found.setdefault((stage, table, configs.entry_rank(table, rank)), []).append(rank)
     return [Case(*key, tuple(served)) for key, served in found.items()]
 

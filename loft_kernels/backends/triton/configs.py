@@ -312,7 +312,9 @@ def prefetches(capability: Capability, rank: int) -> bool:
 
 def operand_rows(rank: int) -> int:
     """Return the rows of a tile of `operands`: few, where P is to stay cached between its reads."""
-    return 128 if resident(rank) else 8
+    if resident(rank):
+        return 128
+    return 16 if rank <= 32 else 8
 
 
 def broad(rank: int) -> bool:

@@ -41,6 +41,8 @@ def _carried_rows(p_ptr, c_ptr, rows, RANK: gl.constexpr):
     diagonal = o_i[:, None] == o_j[None, :]
     tl.debug_barrier()
     for row in range(0, rows):
+        # Memory of the row before is used again.
+        tl.debug_barrier()
         p_row = p_ptr + row * (RANK * (RANK + 1) // 2)
         t = gl.load(p_row + o_p, mask=upper, other=0.0)
         up, down = powers_of_trace(gl.sum(gl.sum(gl.where(diagonal, t, 0.0), axis=1), axis=0))

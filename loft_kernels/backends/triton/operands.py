@@ -47,6 +47,9 @@ from loft_kernels.backends.triton.tables import (
     SKIP,
 )
 
+# Rows of a triangle whose loads are on their way together.
+UNROLLED = tl.constexpr(4)
+
 
 @triton.jit
 def scale_of(partner_rows, rank):
@@ -151,8 +154,10 @@ def _stream_products(
     q = tl.load(q_ptrs[:, None] + o_j[None, :], mask=mask, other=0.0) * (tau * tau)
     # Row i of the triangle: its entries (i, i) .. (i, r - 1) are contiguous.
     o_out = o_row[:, None] * WIDTH + o_j[None, :]
+    q_next = tl.load(q_ptrs, mask=live, other=0.0)
     for i in range(0, rank):
-        q_i = tl.load(q_ptrs + i, mask=live, other=0.0)
+        q_i = q_next
+        q_next = tl.load(q_ptrs + tl.minimum(i + 1, rank - 1), mask=live, other=0.0)
         products = (q_i[:, None] * q).to(DTYPE)
         tl.store(out_ptr + o_out, products, mask=((o_j >= i) & (o_j < rank))[None, :])
         o_out += rank - 1 - i
@@ -223,10 +228,17 @@ def _residual_lines(
     packed = (rank * (rank + 1)) // 2
     o_p = o_row[:, None] * packed + o_j[None, :]
     o_out = o_row[:, None] * PRODUCTS + o_j[None, :]
+    first = live[:, None] & (o_j < rank)[None, :]
+    # Stores hold up the loads behind them: these are made a row ahead.
+    p_next = tl.load(p_ptr + o_p, mask=first, other=0.0)
+    m_next = tl.load(m_ptrs, mask=live, other=0.0)
     for i in range(0, rank):
         kept = ((o_j >= i) & (o_j < rank))[None, :]
-        r = tl.load(p_ptr + o_p, mask=live[:, None] & kept, other=0.0) * p_scale[:, None]
-        m_i = tl.load(m_ptrs + i, mask=live, other=0.0) * m_scale
+        r, m_i = p_next * p_scale[:, None], m_next * m_scale
+        o_p += rank - 1 - i
+        later = ((o_j > i) & (o_j < rank))[None, :]
+        p_next = tl.load(p_ptr + o_p, mask=live[:, None] & later, other=0.0)
+        m_next = tl.load(m_ptrs + tl.minimum(i + 1, rank - 1), mask=live, other=0.0)
         own = (o_j == i)[None, :]
         if SECOND:
             w_i = tl.sum(tl.where(own, w, 0.0), axis=1)
@@ -235,7 +247,6 @@ def _residual_lines(
             r -= (a * m_i)[:, None] * m
         r *= counts[:, None] * tl.where(own, 1.0, 2.0)
         tl.store(out_ptr + o_out, r.to(DTYPE), mask=kept)
-        o_p += rank - 1 - i
         o_out += rank - 1 - i
 
 
@@ -253,7 +264,7 @@ def _first_sums(m_ptrs, m, p_ptr, m_scale, p_scale, live, o_row, o_j, rank):
     """Return |P|^2 and m P m^T of some rows; m and P times a scale per row."""
     p_sq, mpm = m * 0.0, m * 0.0
     o_p = o_row[:, None] * ((rank * (rank + 1)) // 2) + o_j[None, :]
-    for i in range(0, rank):
+    for i in tl.range(0, rank, loop_unroll_factor=UNROLLED):
         mask = live[:, None] & ((o_j >= i) & (o_j < rank))[None, :]
         p = tl.load(p_ptr + o_p, mask=mask, other=0.0) * p_scale[:, None]
         m_i = tl.load(m_ptrs + i, mask=live, other=0.0) * m_scale

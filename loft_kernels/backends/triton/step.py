@@ -1,4 +1,4 @@
-"""Launch one LoFT step of all pairs: eight launches a bucket, no host synchronisation.
+"""Launch one LoFT step of all pairs: at most eight launches a bucket, no host synchronisation.
 
 A bucket holds the pairs that one set of launches can serve: one device, parameter dtype, rank and
 set of options. Phase, counts, clip coefficient and the skip flag are read and written on the
