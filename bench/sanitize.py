@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--ranks", default="3,16,64")
+    parser.add_argument("--ranks", default="3,16,24,33,64")
     parser.add_argument("--precisions", default="default,ieee")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="triton")

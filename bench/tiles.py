@@ -76,7 +76,8 @@ def cases_of(stages: Sequence[str], ranks: Sequence[int]) -> list[Case]:
         for rank in ranks:
             hopper = capability() == configs.HOPPER
             if hopper and configs.broad(rank) and stage != "rows":
-                continue  # One tile fits the kernels of these ranks.
+                # One tile fits the kernels of these ranks; the entries serve precision="ieee".
+                continue
             own = hopper and stage == "update" and rank <= configs.LARGEST_SQUARE
             table = "hopper" if own else stage
             found.setdefault((stage, table, configs.entry_rank(table, rank)), []).append(rank)

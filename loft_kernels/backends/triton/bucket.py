@@ -22,8 +22,8 @@ from loft_kernels.backends.triton.launch import Launch, Launcher, Tiles
 from loft_kernels.backends.triton.layout import Part
 from loft_kernels.backends.triton.moments import _moments_kernel
 from loft_kernels.backends.triton.moments_hopper import (
-    MOVING_ROWS,
     REGISTERS,
+    ROWS_OF_TILE,
     _moments_hopper_kernel,
 )
 from loft_kernels.backends.triton.operands import _operands_kernel
@@ -101,7 +101,7 @@ class Bucket:
             tile = configs.update_tile(plan.capability, self.rank)
         self._row_tile = configs.row_tile(plan.capability, self.rank)
         self.broad = self.hopper and configs.broad(self.rank)
-        operand_rows = MOVING_ROWS if self.broad else configs.operand_rows(self.rank)
+        operand_rows = ROWS_OF_TILE if self.broad else configs.operand_rows(self.rank)
         self.layout = plan.layout(key, pairs, tile, operand_rows)
         self.sides = 2 * len(pairs)
         self.alternate = self.options.alternate

@@ -10,8 +10,9 @@ It leaves a large R where P is close to rank two: directions taking turns, a dir
 changed. There the second one adds w, what P m^ leaves of m^ (a step of Lanczos' method), rounded to
 fp16, so that w~ costs two products of halves and is as exact as m~.
 
-All of it is computed in units of the row's largest entry of P. The helpers make no tensors of
-their own, so that kernels of any layout can use them: index tensors come from the caller.
+All of it is computed in units of the row's largest entry of P, or of its trace (`moments_hopper`).
+The helpers make no tensors of their own, so that kernels of any layout can use them: index tensors
+come from the caller.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What `moments_hopper` does to the factors that stay: ranks 33 to 64, in Gluon.
 
-m and P take in the gradient, and no residual is formed. P is streamed as it lies in memory, next
-to programs of factors that move, which wait for one another's results and leave memory idle. Where
+m and P take in the gradient, and no residual is formed. P is streamed as it lies in memory, beside
+programs of factors that move, whose instructions wait for one another and leave memory idle. Where
 a partner was changed from outside its factor's P is carried over first, on its own.
 """
 
@@ -10,44 +10,41 @@ from __future__ import annotations
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from loft_kernels.backends.triton.operands_hopper import SQUARE, unforeseen
 from loft_kernels.backends.triton.tables import BETA2, EXP_AVG, SECOND_MOMENT
 from loft_kernels.backends.triton.transport_hopper import (
+    BY_ROW,
     carry,
     first_moment,
     lines,
     packed_lines,
     powers_of_trace,
-    prefetch_row,
+    prefetch_entries,
     shared_halves_of,
 )
 
-# Rows between the two that are worked on and the two that the L2 cache is asked for.
+# Rows from the two that are worked on to the two that the L2 cache is asked for.
 AHEAD = gl.constexpr(4)
 
 
 @gluon.jit
 def _carried_rows(p_ptr, c_ptr, rows, RANK: gl.constexpr):
     """Carry P of some rows over."""
-    by_row: gl.constexpr = gl.BlockedLayout([16, 2], [1, 32], [4, 1], [1, 0])
-    s_c_high, s_c_low = shared_halves_of(c_ptr, by_row)
-    fence_async_shared()
-    o_i = gl.arange(0, SQUARE, gl.SliceLayout(1, by_row))
-    o_j = gl.arange(0, SQUARE, gl.SliceLayout(0, by_row))
+    s_c_high, s_c_low = shared_halves_of(c_ptr)
+    o_i = gl.arange(0, SQUARE, gl.SliceLayout(1, BY_ROW))
+    o_j = gl.arange(0, SQUARE, gl.SliceLayout(0, BY_ROW))
     o_p = (o_i * RANK - (o_i * (o_i + 1)) // 2)[:, None] + o_j[None, :]
     upper = (o_i[:, None] <= o_j[None, :]) & (o_j < RANK)[None, :]
     diagonal = o_i[:, None] == o_j[None, :]
-    tl.debug_barrier()
     for row in range(0, rows):
-        # Memory of the row before is used again.
+        # C has been written; memory of the row before is used again.
         tl.debug_barrier()
         p_row = p_ptr + row * (RANK * (RANK + 1) // 2)
         t = gl.load(p_row + o_p, mask=upper, other=0.0)
         up, down = powers_of_trace(gl.sum(gl.sum(gl.where(diagonal, t, 0.0), axis=1), axis=0))
         carried = carry(gl.where(diagonal, 0.5 * t, t), s_c_high, s_c_low, up)
-        p = gl.convert_layout(carried, by_row) * down
+        p = gl.convert_layout(carried, BY_ROW) * down
         gl.store(p_row + o_p, p, mask=upper)
 
 
@@ -69,7 +66,7 @@ def _accumulated_rows(p_ptr, g_ptr, hyper_ptr, rows, RANK: gl.constexpr):
         here = unforeseen(row)
         p_row, g_row, more = p_ptr + here * PACKED, g_ptr + here * RANK, row + 1 < rows
         if row + AHEAD + 1 < rows:
-            prefetch_row(p_row + AHEAD * PACKED, 2 * PACKED)
+            prefetch_entries(p_row + AHEAD * PACKED, 2 * PACKED)
         p_row += packed_lines(near, far, lane, here - row, RANK)
         p_row += half[None, :]
         g_i, g_j = _load_g(g_row, near, far, lane, half, True, RANK)

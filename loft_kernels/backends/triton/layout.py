@@ -34,7 +34,7 @@ class Layout:
 
     Attributes:
         row_tiles: tiles of `gram` and `basis`.
-        moment_tiles: tiles of `moments`.
+        moment_tiles: tiles of `moments`, where that is launched.
         places: workspace rows of every side.
         parts: what `operands` and `update` serve one after the other, in the same workspace.
         partner_rows: rows of the workspace of partners' operands.

@@ -13,7 +13,6 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from loft_kernels.backends.triton.centre import (
     first_centre,
@@ -51,6 +50,7 @@ from loft_kernels.backends.triton.tables import (
     SKIP,
 )
 from loft_kernels.backends.triton.transport_hopper import (
+    BY_ROW,
     LINES,
     WIDE,
     carry,
@@ -59,12 +59,12 @@ from loft_kernels.backends.triton.transport_hopper import (
     lines,
     packed_lines,
     powers_of_trace,
-    prefetch_row,
+    prefetch_entries,
     shared_halves_of,
 )
 
 # Rows of a program, and registers of a thread: three programs share a multiprocessor.
-MOVING_ROWS, REGISTERS = 64, 168
+ROWS_OF_TILE, REGISTERS = SQUARE.value, 168
 
 # Where the squared norms of a row's g and m are parked behind its g.
 _G_SQ, _M_SQ = gl.constexpr(64), gl.constexpr(65)
@@ -107,15 +107,11 @@ def _advance_second(
 ):
     """Advance P of some rows and write their residuals; m is that of after the step."""
     PACKED: gl.constexpr = RANK * (RANK + 1) // 2
-    by_row: gl.constexpr = gl.BlockedLayout([16, 2], [1, 32], [4, 1], [1, 0])
     if CARRY:
-        s_c_high, s_c_low = shared_halves_of(c_ptr, by_row)
+        s_c_high, s_c_low = shared_halves_of(c_ptr)
         plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
         swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-        s_t = gl.allocate_shared_memory(
-            gl.float32, [SQUARE, SQUARE], plain, gl.zeros([SQUARE, SQUARE], gl.float32, by_row)
-        )
-        fence_async_shared()
+        s_t = gl.allocate_shared_memory(gl.float32, [SQUARE, SQUARE], plain)
     vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     s_g = gl.allocate_shared_memory(gl.float32, [SQUARE], vector)
     s_m = gl.allocate_shared_memory(gl.float32, [SQUARE], vector)
@@ -125,18 +121,17 @@ def _advance_second(
     unbias1 = 1.0 / gl.load(number_ptr + BIAS1).to(gl.float32)
     unbias2 = 1.0 / gl.load(number_ptr + BIAS2).to(gl.float32)
     # As the tensor cores take P: j = i compares one number of the thread with literals.
-    o_i = gl.arange(0, SQUARE, gl.SliceLayout(1, by_row))
-    o_j = gl.arange(0, SQUARE, gl.SliceLayout(0, by_row))
+    o_i = gl.arange(0, SQUARE, gl.SliceLayout(1, BY_ROW))
+    o_j = gl.arange(0, SQUARE, gl.SliceLayout(0, BY_ROW))
     across = (o_j >> 1)[None, :] - ((o_i >> 4) << 3)[:, None]
     diagonal = (across == ((o_i & 15) >> 1)[:, None]) & ((o_i & 1)[:, None] == (o_j & 1)[None, :])
     near, far, lane, half, upper = lines(RANK)
     o_v = lane + half
     diagonal_p = lane[None, :] - near[:, None] == far[:, None] - half[None, :]
     o_d, m_d = o_v * RANK - (o_v * (o_v - 1)) // 2, o_v < RANK
-    shortens = rows < 0
     if CARRY:
         c = gl.load(c_ptr + (near + far)[:, None] * SQUARE + o_v[None, :])
-        # One direction alone may be lost in part, and P of many rows with it.
+        # By a direction that the partner has given away, if only in part.
         shortens = gl.sum(gl.sum(c * c, axis=1), axis=0) < RANK - 2e-3
         o_p = packed_lines(near, far, lane, 0, RANK)
         fetch(s_t, (p_ptr + o_p) + half[None, :], mask=upper)
@@ -150,14 +145,14 @@ def _advance_second(
         g_j = gl.load((g_row + lane) + half)
         m_j = gl.load((m_row + lane) + half, mask=m_d, other=0.0)
         g_sq, m_sq = gl.load(g_row + _G_SQ), gl.load(g_row + _M_SQ)
-        # Whatever waits in local memory waits behind what comes from afar.
+        # Memory answers in order, registers that were spilled included: P comes from nearby then.
         if row + 2 < rows:
-            prefetch_row(p_row + 2 * PACKED, PACKED)
+            prefetch_entries(p_row + 2 * PACKED, PACKED)
         if CARRY:
             up, down = powers_of_trace(trace)
             async_copy.wait_group(0)
             tl.debug_barrier()
-            t = s_t.load(by_row)
+            t = s_t.load(BY_ROW)
             carried = carry(gl.where(diagonal, 0.5 * t, t), s_c_high, s_c_low, up)
             s_g.store(g_j)
             s_m.store(m_j)
@@ -171,6 +166,11 @@ def _advance_second(
             tl.debug_barrier()
         g_i, m_i = s_g.load(gl.SliceLayout(1, LINES)), s_m.load(gl.SliceLayout(1, LINES))
         p = gl.where(upper, p + (fresh2 * g_i)[:, None] * g_j[None, :], 0.0)
+        # C shortens what it carries by next to nothing, unless the partner has turned away.
+        trace = beta2 * trace + fresh2 * g_sq
+        if CARRY:  # noqa: SIM102  the compiler knows CARRY, not shortens
+            if shortens:
+                trace = gl.sum(gl.reshape(gl.where(diagonal_p, p, 0.0), [SQUARE * SQUARE]), axis=0)
         o_p = packed_lines(near, far, lane, here - row, RANK)
         gl.store((p_row + o_p) + half[None, :], p, mask=upper)
         # The next row's P arrives while this one's is worked on.
@@ -180,8 +180,8 @@ def _advance_second(
             async_copy.commit_group()
         diagonal_next = gl.load((p_row + PACKED) + o_d, mask=m_d & more, other=0.0)
 
-        # R in units of the trace of P, up to what C does to it, so that no square underflows.
-        trace = (beta2 * trace + fresh2 * g_sq) * unbias2
+        # R in units of the trace of P, so that no square underflows.
+        trace *= unbias2
         unit = inverse_of(trace)
         p = p * (unbias2 * unit)
         root = gl.sqrt(unit) * unbias1
@@ -192,12 +192,7 @@ def _advance_second(
         mpm, p_sq = gl.reduce(_flat((halved * m_i[:, None]) * m_j[None, :], halved * p), 0, added)
         mpm, p_sq = 2.0 * mpm, 2.0 * p_sq
         a, r_sq = first_centre(p_sq, mpm, m_sq)
-        # C shortens what it carries, if at all, so that this is the trace of P or a little more,
-        # unless the partner has turned away.
-        trace = trace * unit
-        if shortens:
-            trace = gl.sum(gl.reshape(gl.where(diagonal_p, p, 0.0), [SQUARE * SQUARE]), axis=0)
-        asks = (trace < trace_limit(p_sq, r_sq, a, m_sq)) & (counts > 0.0)
+        asks = (trace * unit < trace_limit(p_sq, r_sq, a, m_sq)) & (counts > 0.0)
         p -= (a * m_i)[:, None] * m_j[None, :]
         sigma_sq = sigma_sq_of(r_sq, unit)
         by_unit = sigma_sq / unit
@@ -215,7 +210,7 @@ def _advance_second(
         gl.store((out_row + o_p) + half[None, :], p.to(gl.float16), mask=upper)
         PADDING: gl.constexpr = PRODUCTS - PACKED
         if PADDING > 0:
-            zero = gl.zeros([SQUARE], gl.float16, gl.SliceLayout(0, by_row))
+            zero = gl.zeros([SQUARE], gl.float16, gl.SliceLayout(0, BY_ROW))
             gl.store(out_row + PACKED + o_j, zero, mask=o_j < PADDING)
         trace = gl.sum(diagonal_next, axis=0)
     if CARRY:

@@ -1,9 +1,9 @@
 """What `moments_hopper` does to the rows of both factors: g, m and ``C^T P C``, in Gluon.
 
-A row's P is a square of 64 x 64, one tile of the tensor cores. It enters as its upper triangle T,
-half the diagonal: ``C^T P C = S + S^T`` with ``S = C^T T C``, so that nothing is mirrored before
-the products. Each is three products of fp16 halves, T scaled by a power of two; the first one's
-accumulators are the left operand of the second. g and m are formed in fp64 for 64 rows at a time.
+A row's P is a square of 64 x 64, one tile of the tensor cores. It enters as its upper triangle T
+with half the diagonal, scaled by a power of two; the halves of ``P = T + T^T`` come together on
+their way to registers. ``Y = P C`` and ``C^T Y`` are three products of fp16 halves each, and Y goes
+through shared memory. g and m are formed in fp64 for 64 rows at a time.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from loft_kernels.backends.triton.tables import (
 # How P of a row is laid out as it lies in memory. A warp's entries are contiguous, and the rows of
 # the triangle take turns between the warps, which then have as many entries each.
 LINES = gl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0]))
+
+# How P enters the products.
+BY_ROW = gl.constexpr(gl.BlockedLayout([16, 2], [1, 32], [4, 1], [1, 0]))
 
 # Triton 3.9 renamed it.
 fetch = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -103,16 +106,22 @@ def first_moment(
 
 
 @gluon.jit
-def shared_halves_of(c_ptr, ROWWISE: gl.constexpr):
-    """Split C, scaled, into fp16 high and low halves in shared memory."""
+def shared_halves_of(c_ptr):
+    """Split C, scaled, into fp16 halves in shared memory; a barrier has to follow.
+
+    Returns:
+        The high halves and the low ones.
+    """
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SQUARE, SQUARE], gl.float16)
-    o_i = gl.arange(0, SQUARE, gl.SliceLayout(1, ROWWISE))
-    o_j = gl.arange(0, SQUARE, gl.SliceLayout(0, ROWWISE))
+    o_i = gl.arange(0, SQUARE, gl.SliceLayout(1, BY_ROW))
+    o_j = gl.arange(0, SQUARE, gl.SliceLayout(0, BY_ROW))
     c = gl.load(c_ptr + o_i[:, None] * SQUARE + o_j[None, :]) * C_SCALE
     high = c.to(gl.float16)
     low = (c - high.to(gl.float32)).to(gl.float16)
     s_high = gl.allocate_shared_memory(gl.float16, [SQUARE, SQUARE], tile, high)
-    return s_high, gl.allocate_shared_memory(gl.float16, [SQUARE, SQUARE], tile, low)
+    s_low = gl.allocate_shared_memory(gl.float16, [SQUARE, SQUARE], tile, low)
+    fence_async_shared()
+    return s_high, s_low
 
 
 @gluon.jit
@@ -187,7 +196,7 @@ def packed_lines(near, far, lane, nothing, RANK: gl.constexpr):
 
 
 @gluon.jit
-def prefetch_row(p_row, PACKED: gl.constexpr):
-    """Have the L2 cache fetch a packed row, but for some entries at its ends."""
-    address = p_row.to(gl.int64, bitcast=True) + 15
-    prefetch(address - address % 16, 4 * PACKED // 16 * 16 - 16)
+def prefetch_entries(ptr, ENTRIES: gl.constexpr):
+    """Have the L2 cache fetch fp32 numbers, but for some at both ends."""
+    address = ptr.to(gl.int64, bitcast=True) + 15
+    prefetch(address - address % 16, 4 * ENTRIES // 16 * 16 - 16)
