@@ -62,7 +62,9 @@ HEADINGS = {
     "Speed of a step": (
         "The naive loop is LoFT as its equations read: one adapter after the other, dense m x n "
         "temporaries, r x r blocks. AdamW is not LoFT: it is the floor for touching the adapters. "
-        "A share is that of the device time of these steps in the ceiling that it is nearest to."
+        "A share is that of the device time of these steps in the ceiling that it is nearest to. "
+        "What bounds each kernel, which goals are missed and what was tried: "
+        "[kernels.md](kernels.md)."
     ),
     "Share of the ceilings": (
         "Bytes, operations and special functions of each stage are counted from shapes and rank "

@@ -101,7 +101,7 @@ def stages(
     for kernel, ms in times.items():
         name = stage_of(kernel)
         spent[name] = spent.get(name, 0.0) + ms / args.steps
-    work = work_of(model.shapes, model.rank, gpu=True)
+    work = work_of(model.shapes, model.rank, gpu=True, merged="operands" not in spent)
     found: dict[str, Any] = {
         name: share(work[name], ms, tops, "flop16") if name in work else {"ms": ms}
         for name, ms in spent.items()

@@ -3,6 +3,7 @@
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench sanitize
 
+Before the third step both factors are edited, so that those that stay are carried over, too.
 Without the caching allocator every tensor is an allocation of its own, so that memcheck sees each
 access outside it. racecheck, initcheck and synccheck take the same command.
 """

@@ -189,8 +189,9 @@ def roofline_sections(kinds: dict[str, list[Row]]) -> list[str]:
     for (where, shapes), members in grouped(rows, lambda r: (machine(r), r["shapes"])).items():
         members.sort(key=lambda row: row["rank"])
         lines = []
+        shared = [_stage_shares(row) for row in members]
         for stage in (*STAGES, "other", "step"):
-            cells = [_stage_cell(row, stage) for row in members]
+            cells = [cells.get(stage, "") for cells in shared]
             if any(cells):
                 lines.append(["whole step" if stage == "step" else f"`{stage}`", *cells])
         head = ["ms (share of its ceiling)", *(f"r={row['rank']}" for row in members)]
@@ -204,13 +205,23 @@ def roofline_sections(kinds: dict[str, list[Row]]) -> list[str]:
     return sections
 
 
-def _stage_cell(row: Row, stage: str) -> str:
-    """Write the time of a stage and its share."""
-    found = row["step"] if stage == "step" else row.get("stages", {}).get(stage)
-    if not found:
-        return ""
-    share = f" ({100 * found['share']:.0f} % {found['bound']})" if "share" in found else ""
-    return f"{number(found['ms'])}{share}"
+def _stage_shares(row: Row) -> dict[str, str]:
+    """Write the time of every stage and of the step, and its share of the ceiling nearest to it.
+
+    Shares are counted anew: a row keeps those of when it was measured.
+    """
+    gpu, spent = row["device"] == "cuda", {k: v["ms"] for k, v in row.get("stages", {}).items()}
+    shapes, rank = SHAPE_SETS[row["shapes"]].pairs(row["layers"]), row["rank"]
+    counted = work_of(shapes, rank, gpu=gpu, merged="operands" not in spent if spent else None)
+    counted["step"] = sum(counted.values(), Work())
+    cells = {}
+    for stage, ms in (spent | {"step": row["step"]["ms"]}).items():
+        cells[stage] = number(ms)
+        if stage in counted:
+            matrix = "flop16" if gpu else "flop32"
+            found = share(counted[stage], ms, row["ceilings"], matrix)
+            cells[stage] += f" ({100 * found['share']:.0f} % {found['bound']})"
+    return cells
 
 
 def end_to_end_rows(kinds: dict[str, list[Row]]) -> dict[tuple, list[Row]]:

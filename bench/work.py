@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from loft_kernels.backends.triton.configs import HOPPER, row_tile
+from loft_kernels.backends.triton.configs import HOPPER, broad, row_tile
 from loft_kernels.reference import packed_length
 
 STAGES = ("gram", "solve", "basis", "moments", "operands", "update")
@@ -33,8 +33,17 @@ class Work:
         return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)))
 
 
-def work_of(shapes: Sequence[tuple[int, int]], rank: int, *, gpu: bool) -> dict[str, Work]:
+def work_of(
+    shapes: Sequence[tuple[int, int]], rank: int, *, gpu: bool, merged: bool | None = None
+) -> dict[str, Work]:
     """Count one step in fp32 with alternation, averaged over both phases.
+
+    Args:
+        shapes: (m, n) of every pair.
+        rank: r.
+        gpu: by the kernels, or by the C++ step.
+        merged: moments and operands are one kernel, which reads P and m once; by default as on
+            compute capability 9.0.
 
     With R = sum(m + n) over the pairs, V = sum(m n), r the rank, K = r(r+1)/2:
 
@@ -49,7 +58,7 @@ def work_of(shapes: Sequence[tuple[int, int]], rank: int, *, gpu: bool) -> dict[
       ``4 r^3 R / 2``.
     * operands (GPU): reads the partner's basis and writes ``K + 2 r`` fp16 numbers a row of it;
       above rank 16 also reads m and P of the moving side and writes K fp16 numbers a row: of half
-      the rows each.
+      the rows each. Merged, all but that reading belongs to moments.
     * update: reads P and m (above rank 16 on a GPU: K fp16 numbers and m) and factor of the moving
       side, writes the factor, and reads the operands once (a CPU: the basis). Per entry of W
       ``r^2 + 5 r`` operations (v, m~ and the projection) and special functions: a root and, on a
@@ -60,20 +69,23 @@ def work_of(shapes: Sequence[tuple[int, int]], rank: int, *, gpu: bool) -> dict[
     half = rows / 2
     operand_bytes, residual, moment_bytes = 2 * (k + 2 * r), 2 * k, 4 * (k + r)
     streamed = moment_bytes
+    merged = gpu and (broad(r) if merged is None else merged)
+    moments = Work(bytes=(12 * r + 8 * k) * rows, flop64=3 * r**2 * rows, flop=4 * r**3 * half)
     operands = Work()
     if gpu:
         operands = Work(bytes=(4 * r + operand_bytes) * half)
         if r > 16:
             streamed = residual + 4 * r
-            operands += Work(bytes=(moment_bytes + residual) * half)
+            read = 0 if merged else moment_bytes
+            operands += Work(bytes=(read + residual) * half)
+    if merged:
+        moments, operands = moments + operands, Work()
     partner = operand_bytes if gpu else 4 * r
     return {
         "gram": Work(bytes=12 * r * rows, flop64=6 * r**2 * rows),
         "solve": Work(bytes=24 * r**2 * rows / row_tile(HOPPER, r).chunk),
         "basis": Work(bytes=12 * r * rows, flop64=2 * r**2 * rows),
-        "moments": Work(
-            bytes=(12 * r + 8 * k) * rows, flop64=3 * r**2 * rows, flop=4 * r**3 * half
-        ),
+        "moments": moments,
         "operands": operands,
         "update": Work(
             bytes=(streamed + partner + 8 * r) * half,

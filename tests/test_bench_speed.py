@@ -234,6 +234,14 @@ def test_work_is_what_the_formulas_say():
     assert stages["moments"].bytes == (12 * 2 + 8 * 3) * 8
     wide = work.work_of([(3, 5)], 32, gpu=True)
     assert wide["operands"].bytes == 4 * (4 * 32 + 2 * (528 + 64)) + 4 * (4 * 560 + 2 * 528)
+    apart = work.work_of([(3, 5)], 64, gpu=True, merged=False)
+    merged = work.work_of([(3, 5)], 64, gpu=True)
+    assert merged["operands"] == work.Work()
+    # One kernel does both and reads P and m of the side that moves, half the rows, once.
+    once = work.Work(bytes=-4 * 4 * (2080 + 64))
+    assert merged["moments"] == apart["moments"] + apart["operands"] + once
+    on_cpu = work.work_of([(3, 5)], 64, gpu=False)
+    assert on_cpu["moments"] == apart["moments"]
 
 
 def test_stages_share_the_time_of_their_kernels(monkeypatch):
