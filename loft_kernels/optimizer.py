@@ -31,7 +31,7 @@ from loft_kernels.layers import as_matrix
 from loft_kernels.measured import HostPath
 from loft_kernels.notices import warn_idle, warn_memory, warn_outer_clipping
 from loft_kernels.plain_adamw import adamw_step_, check_plain, start_plain_state_
-from loft_kernels.plan import Factor, Pair, SecondMoment, StepOptions
+from loft_kernels.plan import Factor, Outside, Pair, SecondMoment, StepOptions
 from loft_kernels.state import FORMAT, check_pair, check_state, ready_state
 
 
@@ -208,8 +208,9 @@ class LoFTAdamW(Optimizer):
         if pairs and self._first_time("clipping"):
             warn_outer_clipping(self.max_grad_norm)
         backend, reason = self._choose_backend(pairs)
-        if backend == "triton" and any(p.device != pairs[0].b.param.device for p in members):
-            backend, reason = "reference", "parameters are on several devices"
+        kind = pairs[0].b.param.device.type if pairs else ""
+        if backend == "triton" and any(p.device.type != kind for p in members):
+            backend, reason = "reference", "some parameters are on a GPU, others not"
         if reason and not self._warned_fallback:
             self._warned_fallback = True
             warnings.warn(
@@ -275,21 +276,21 @@ class LoFTAdamW(Optimizer):
         self, pairs: list[Pair], plain: dict[int, list[Tensor]], members: list[Tensor]
     ) -> None:
         """Take one step with fused kernels; decisions are taken on the device."""
-        device = pairs[0].b.param.device
-        if self._plan is None or self._plan.device != device:
+        if self._plan is None:
             from loft_kernels.backends.triton.step import LaunchPlan
 
-            self._plan = LaunchPlan(device)
-        if self.nonfinite_steps.device != device:
-            self.nonfinite_steps = self.nonfinite_steps.to(device)
-        outside = self._plan.outside(
+            self._plan = LaunchPlan()
+        outside = Outside(
             [p.grad for p in members if p.grad is not None],
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
         )
+        device = pairs[0].b.param.device
+        if self.nonfinite_steps.device != device:
+            self.nonfinite_steps = self.nonfinite_steps.to(device)
         if self._gathered is not None and not self._plan.holds(pairs):
             self._gathered.bind()  # whoever lays out anew looks at the gradients
-        decision = self._plan.step(
+        self._plan.step(
             pairs,
             outside,
             self.nonfinite_steps,
@@ -297,15 +298,18 @@ class LoFTAdamW(Optimizer):
             max_norm=self.max_grad_norm,
             exact=self.precision == "ieee",
         )
-        scaled = self.max_grad_norm is not None or getattr(self, "grad_scale", None) is not None
+        scaled = self.max_grad_norm is not None or outside.grad_scale is not None
         for index, group in plain.items():
-            adamw_step_(
-                group,
-                [self.state[p] for p in group],
-                self.param_groups[index],
-                decision.coefficient if scaled else 1.0,
-                found_inf=decision.skip,
-            )
+            for place in dict.fromkeys(p.device for p in group):
+                params = [p for p in group if p.device == place]
+                decision = self._plan.decision(place)
+                adamw_step_(
+                    params,
+                    [self.state[p] for p in params],
+                    self.param_groups[index],
+                    decision.coefficient if scaled else 1.0,
+                    found_inf=decision.skip,
+                )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of any backend; it is validated whole before anything changes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -97,6 +97,20 @@ class Pair:
     def sides(self) -> tuple[tuple[Factor, Factor], tuple[Factor, Factor]]:
         """Both (factor, partner) combinations, B first."""
         return (self.b, self.a), (self.a, self.b)
+
+
+class Outside(NamedTuple):
+    """What the decision needs beside the pairs.
+
+    Attributes:
+        plain_grads: gradients of all other parameters, on any devices.
+        grad_scale: GradScaler's scale, or None.
+        found_inf: GradScaler's flag, or None.
+    """
+
+    plain_grads: Sequence[Tensor] = ()
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
 
 # What changes from step to step: per factor, B and A of every pair in turn, the address of its

@@ -145,7 +145,33 @@ def train(args: argparse.Namespace, device: torch.device) -> dict:
         "finite": all(bool(p.isfinite().all()) for p in opt.state),
         "first": opt.param_groups[0]["param_names"][0],
         "base": type(net.layers[0].base).__name__,
+        "communication": dist.get_backend(),
+        "gpus": count_devices(device),
     }
+
+
+def count_devices(device: torch.device) -> int:
+    """Count the devices that the processes train on."""
+    gathered: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(gathered, str(device))
+    return len(set(gathered))
+
+
+def join(args: argparse.Namespace) -> torch.device:
+    """Join the process group; return where this process trains."""
+    if args.device == "cpu":
+        dist.init_process_group("gloo")
+        return torch.device("cpu")
+    rank = int(os.environ["LOCAL_RANK"])
+    if args.share_gpu:
+        # NCCL refuses two processes of one host on one GPU. What it takes for other hosts it
+        # reaches by sockets, and here that is this machine itself.
+        os.environ["NCCL_HOSTID"] = f"host of rank {rank}"
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    device = torch.device("cuda", 0 if args.share_gpu else rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    return device
 
 
 def finish(seen: dict) -> None:
@@ -170,14 +196,9 @@ def main() -> None:
     parser.add_argument("--drift-at", type=int, default=0, help="spoil rank 1's state here")
     parser.add_argument("--bucket-views", action="store_true", help="gradients share a buffer")
     parser.add_argument("--fsdp", action="store_true", help="shard the base, not the adapters")
+    parser.add_argument("--share-gpu", action="store_true", help="all processes on one GPU")
     args = parser.parse_args()
-    if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo")
+    device = join(args)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         seen = train(args, device)

@@ -1,8 +1,8 @@
-"""Replicas of a data-parallel run stay bitwise equal: gloo on two CPU processes, NCCL on two GPUs.
+"""Replicas of a data-parallel run stay bitwise equal: gloo on two CPU processes, NCCL on GPUs.
 
     LOFT_REQUIRE_GPU=1 python -m pytest tests/test_ddp.py -n 0 -k nccl
 
-runs the second half where there are two GPUs.
+runs the second half. Where there is one GPU, two processes share it.
 """
 
 from __future__ import annotations
@@ -65,10 +65,14 @@ def test_whole_adapters_over_a_base_sharded_by_fsdp2():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("place", ["two GPUs", "one GPU"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_nccl_replicas_are_bitwise_equal_for_200_steps(dtype):
-    if torch.cuda.device_count() < 2:
+def test_nccl_replicas_are_bitwise_equal_for_200_steps(dtype, place):
+    """On one GPU NCCL takes the two processes for two hosts and goes by sockets."""
+    if place == "two GPUs" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
-    seen = run("--device", "cuda", "--dtype", dtype, "--bucket-views")
+    shared = ["--share-gpu"] if place == "one GPU" else []
+    seen = run("--device", "cuda", "--dtype", dtype, "--bucket-views", *shared)
     check(seen, pairs=3)
-    assert seen["backend"] == "triton"
+    assert (seen["backend"], seen["communication"]) == ("triton", "nccl")
+    assert seen["gpus"] == (1 if shared else 2)

@@ -26,6 +26,7 @@ pytest.importorskip("triton", reason="the Triton backend is optional")
 from loft_kernels.backends.triton import configs
 from loft_kernels.backends.triton.launch import Launch, Launcher
 from loft_kernels.backends.triton.step import LaunchPlan, unsupported
+from loft_kernels.plan import Outside
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BAND = 64  # entries of NaN before and after every tensor
@@ -200,7 +201,7 @@ def kernel_step(opt: lk.LoFTAdamW, plan: LaunchPlan) -> None:
         pairs, _ = opt._gather(allocate=True)
         plan.step(
             pairs,
-            plan.outside([], None, None),
+            Outside(),
             opt.nonfinite_steps,
             moving=opt._gathered.moving if opt._gathered is not None else None,
             max_norm=opt.max_grad_norm,
@@ -231,7 +232,7 @@ def displacement_error(actual: Tensor, exact: Tensor, before: Tensor) -> float:
 def compare(case: Case, precision: str, step: int) -> None:
     """Compare one step of the kernels with fp64 and with the fp32 reference."""
     module, opt = build(case, precision)
-    plan = LaunchPlan(torch.device(DEVICE))
+    plan = LaunchPlan()
     reference_history(module, opt, case)
     for k in range(step):
         set_gradients(module, case, case.history + k)
@@ -314,7 +315,7 @@ def test_ieee_step_is_at_most_twice_as_far_as_the_eager_one(case):
 def test_bad_gradient_skips_the_whole_step_on_the_device(bad):
     case = Case("skip")
     module, opt = build(case, "default")
-    plan = LaunchPlan(torch.device(DEVICE))
+    plan = LaunchPlan()
     reference_history(module, opt, case)
     set_gradients(module, case, 9)
     module[1].lora_A.grad[2, 5] = bad
@@ -331,7 +332,7 @@ def test_bad_gradient_skips_the_whole_step_on_the_device(bad):
 def test_alternation_may_be_turned_off_and_on_between_steps():
     case = Case("turning", shapes=((33, 20), (20, 45)), ranks=(4,))
     module, opt = build(case, "default")
-    plan = LaunchPlan(torch.device(DEVICE))
+    plan = LaunchPlan()
     reference_history(module, opt, case)
     for step, alternate in enumerate((True, False, True)):
         opt.param_groups[0]["alternate"] = alternate
@@ -351,7 +352,7 @@ def test_betas_may_change_from_the_first_steps_on(rank):
     """OneCycleLR moves beta1, and with it the bound of m by v, but never makes P of rank one."""
     case = Case("cycle", shapes=((33, 45),), ranks=(rank,))
     module, opt = build(case, "ieee")
-    plan = LaunchPlan(torch.device(DEVICE))
+    plan = LaunchPlan()
     for step in range(5):
         betas = (0.95 - 0.025 * step, 0.999)
         opt.param_groups[0] |= {"betas": betas, "lr": 1.0}
@@ -398,7 +399,7 @@ def test_state_that_is_elsewhere_at_the_next_step_is_found(how, keys):
     case, ends = Case("elsewhere", shapes=((33, 45),), ranks=(4,)), []
     for change in (False, True):
         module, opt = build(case, "ieee")
-        plan = LaunchPlan(torch.device(DEVICE))
+        plan = LaunchPlan()
         for step in range(4):
             set_gradients(module, case, step)
             kernel_step(opt, plan)
@@ -492,7 +493,7 @@ def test_two_runs_are_bitwise_equal():
     ends = []
     for _ in range(2):
         module, opt = build(CASES[2], "default")
-        plan = LaunchPlan(torch.device(DEVICE))
+        plan = LaunchPlan()
         for step in range(3):
             set_gradients(module, CASES[2], step)
             kernel_step(opt, plan)

@@ -40,7 +40,7 @@ def take_step(monkeypatch):
     """Return ``accuracy.take_step`` for the kernels: on a GPU, or interpreted."""
 
     def interpreted(opt):
-        kernel_step(opt, LaunchPlan(torch.device(DEVICE)))
+        kernel_step(opt, LaunchPlan())
 
     def take(start, precision):
         if DEVICE == "cuda":

@@ -84,7 +84,7 @@ def test_nothing_is_read_of_what_the_last_step_left_in_workspace(missing):
             if missing:
                 module[1].lora_A.grad = None
             opt.step()
-            for bucket in opt._plan._buckets if poisoned else ():
+            for bucket in opt._plan.buckets() if poisoned else ():
                 for kept in (bucket.inverse, bucket.change, bucket.all_numbers, bucket.decision):
                     kept.fill_(float("nan"))
                 bucket.changed.fill_(7)
@@ -152,7 +152,7 @@ def test_kernels_may_follow_another_path_that_has_the_same_pairs():
 @pytest.mark.parametrize("taken", ["by another path", "by other pairs"])
 def test_workspace_goes_with_what_it_was_made_for(taken):
     module, opt = started()
-    seen = [weakref.ref(b.inverse) for b in opt._plan._buckets]
+    seen = [weakref.ref(b.inverse) for b in opt._plan.buckets()]
     if taken == "by another path":
         opt._choose_backend = lambda pairs: ("reference", "")
     else:

@@ -126,15 +126,18 @@ def choose(backend: str, pairs: Sequence[Pair]) -> tuple[str, str]:
     """
     if backend == "reference" or not pairs:
         return "reference", ""
-    if backend == "cpu" or pairs[0].b.param.device.type == "cpu":
+    devices = {p.b.param.device for p in pairs}
+    kinds = {device.type for device in devices}
+    if backend == "cpu" or kinds == {"cpu"}:
         return _choose_on_cpu(backend, pairs)
-    if pairs[0].b.param.device.type != "cuda":
+    if "cuda" not in kinds:
         return "reference", ""
-    if len({p.b.param.device for p in pairs}) > 1:
-        return "reference", "the pairs are on several devices"
-    missing = triton_missing(pairs[0].b.param.device.index or 0)
-    if missing is not None:
-        return "reference", missing
+    if len(kinds) > 1:
+        return "reference", f"some pairs are on a GPU, others not: {_listed(devices)}"
+    for device in devices:
+        missing = triton_missing(device.index or 0)
+        if missing is not None:
+            return "reference", missing
     from loft_kernels.backends.triton.step import unsupported
 
     for pair in pairs:
@@ -142,6 +145,11 @@ def choose(backend: str, pairs: Sequence[Pair]) -> tuple[str, str]:
         if reason is not None:
             return "reference", f"{pair.name}: {reason}"
     return "triton", ""
+
+
+def _listed(devices: set[torch.device]) -> str:
+    """List devices in order."""
+    return ", ".join(sorted(map(str, devices)))
 
 
 def _choose_on_cpu(backend: str, pairs: Sequence[Pair]) -> tuple[str, str]:

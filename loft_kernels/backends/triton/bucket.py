@@ -40,7 +40,7 @@ from loft_kernels.backends.triton.update_hopper_wide import _update_hopper_wide_
 from loft_kernels.plan import Moving, Pair, StepOptions
 
 if TYPE_CHECKING:
-    from loft_kernels.backends.triton.step import LaunchPlan
+    from loft_kernels.backends.triton.device import DevicePlan
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -55,7 +55,7 @@ class Bucket:
     """Some pairs and everything about their launches that stays while the pairs do.
 
     Args:
-        plan: the plan that the bucket belongs to.
+        plan: of the pairs' device.
         key: of the bucket.
         pairs: its pairs, with their gradients.
         sides: places of the pairs' factors among all factors of the step; None for all.
@@ -66,7 +66,7 @@ class Bucket:
 
     def __init__(
         self,
-        plan: LaunchPlan,
+        plan: DevicePlan,
         key: tuple,
         pairs: Sequence[Pair],
         sides: list[int] | None,
@@ -231,8 +231,13 @@ class Bucket:
             ),
         )
 
-    def decide(self, outside: Tensor, skipped: Tensor, *, count_skips: bool) -> None:
-        """Take the decision of the step and replace the bases."""
+    def decide(self, outside: Tensor, skipped: Tensor | None) -> None:
+        """Take the decision of the step and replace the bases.
+
+        Args:
+            outside: fp64 (squared norm of all other gradients, gradient scale, found_inf).
+            skipped: counter of skipped steps, or None if another bucket counts.
+        """
         tile = self._row_tile
         moving = {
             "table_ptr": self.table,
@@ -261,7 +266,7 @@ class Bucket:
                     "BLOCK_R": self.block,
                     "R": self.width,
                     "SIDES": triton.next_power_of_2(len(self.all_numbers)),
-                    "COUNT_SKIPS": count_skips,
+                    "COUNT_SKIPS": skipped is not None,
                     "PARAM_DTYPE": DTYPES[self.param_dtype],
                 },
             ),

@@ -1,24 +1,20 @@
 """Launch one LoFT step of all pairs: at most eight launches a bucket, no host synchronisation.
 
-A bucket holds the pairs that one set of launches can serve: one device, parameter dtype, rank and
-set of options. Phase, counts, clip coefficient and the skip flag are read and written on the
-device only.
+Pairs may stand on several devices. Each measures its own, learns what the others measured, takes
+the same decision from the same numbers, and writes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from loft_kernels.backends.triton import configs, tables
-from loft_kernels.backends.triton.bucket import DTYPES, Bucket, bucket_key
-from loft_kernels.backends.triton.layout import Layout, new_layout, signature, step_counts
-from loft_kernels.plan import Moving, Pair
+from loft_kernels.backends.triton.bucket import DTYPES, Bucket
+from loft_kernels.backends.triton.device import Decision, DevicePlan
+from loft_kernels.plan import Moving, Outside, Pair
 
 
 def unsupported(pair: Pair) -> str | None:
@@ -39,66 +35,33 @@ def unsupported(pair: Pair) -> str | None:
     return None
 
 
-@dataclass(slots=True)
-class Decision:
-    """What the device decided, still on the device.
-
-    Attributes:
-        values: fp64 (skip, coefficient, norm).
-    """
-
-    values: Tensor
-
-    @property
-    def skip(self) -> Tensor:
-        """1 if the step is skipped whole, fp32 as torch's fused optimizers take it."""
-        return self.values[tables.SKIP.value].float()
-
-    @property
-    def coefficient(self) -> Tensor:
-        """What every gradient is multiplied by."""
-        return self.values[tables.COEFFICIENT.value]
-
-
 class LaunchPlan:
-    """Everything about the launches that only changes when shapes or addresses do.
+    """The launches of a step, and what only changes when shapes or addresses do."""
 
-    Args:
-        device: the device of all pairs.
-    """
-
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         """Start with nothing cached."""
-        self.device = device
-        self.capability = configs.capability_of(device)
         self._pairs: Sequence[Pair] | None = None
         self._measured: Sequence[Pair] | None = None
         self._exact = False
-        self._buckets: list[Bucket] = []
-        # Written by every step, for the launches that come after it on the stream.
-        self.decision = Decision(torch.empty(3, dtype=torch.float64, device=device))
-        # By bucket and tile: what the layout was made for, the step counts of its pairs, and it.
-        self._layouts: dict[tuple, tuple[tuple, list[Tensor], Layout]] = {}
-        self._earlier = self._layouts
-        self._constants: dict[tuple, Tensor] = {}
+        self._devices: list[DevicePlan] = []
 
     def step(
         self,
         pairs: Sequence[Pair],
-        outside: Tensor,
+        outside: Outside,
         skipped: Tensor,
         *,
         moving: Moving | None = None,
         max_norm: float | None,
         exact: bool,
-    ) -> Decision:
-        """Take the step of all pairs.
+    ) -> None:
+        """Take the step of all pairs; :meth:`decision` tells what was decided.
 
         Args:
             pairs: checked pairs with allocated state; changed in place. With the same list as at
                 the last step only what ``moving`` names may have changed, and rates and options.
-            outside: fp64 (squared norm of all other gradients, gradient scale, found_inf).
-            skipped: int64 counter of skipped steps; changed in place.
+            outside: what else the decision needs.
+            skipped: int64 counter of skipped steps, on the first pair's device; changed in place.
             moving: see ``tables.moving_entries``, if it is known already.
             max_norm: largest norm of all projected gradients, or None.
             exact: no product of reduced precision.
@@ -108,11 +71,21 @@ class LaunchPlan:
                 moving = tables.moving_entries(pairs)
             self.measure(pairs, moving, max_norm=max_norm, exact=exact)
         self._measured = None
-        with self._on_device():
-            for index, bucket in enumerate(self._buckets):
-                bucket.decide(outside, skipped, count_skips=index == 0)
-                bucket.write()
-        return self.decision
+        self._exchange()
+        counter: Tensor | None = skipped
+        for plan, own in zip(self._devices, self._bring(outside), strict=True):
+            with plan.current():
+                for bucket in plan.buckets:
+                    bucket.decide(own, counter)
+                    counter = None  # counted once
+                    bucket.write()
+
+    def decision(self, device: torch.device) -> Decision:
+        """Return the decision of the last step, on a device."""
+        for plan in self._devices:
+            if plan.device == device:
+                return plan.decision
+        return Decision(self._devices[0].decision.values.to(device, non_blocking=True))
 
     def measure(
         self,
@@ -135,21 +108,22 @@ class LaunchPlan:
                 last step, or other options, are not measured then.
         """
         if confirm is None and not self._serves(pairs, exact):
-            # Their workspace goes before there is new.
-            self._pairs, self._buckets = None, []
-            self._buckets = self._new_buckets(pairs, exact)
-            self._pairs, self._exact = pairs, exact
+            self._lay_out(pairs, exact)
         if pairs is not self._pairs:
             return
-        with self._on_device():
-            sums = [bucket.gram(moving) for bucket in self._buckets]
-            if confirm is not None:
-                confirmed = confirm()
-                if confirmed is None or not self._serves(pairs, exact):
-                    return
-                moving = confirmed
-            for bucket, partial_sums in zip(self._buckets, sums, strict=True):
-                bucket.solve(moving, partial_sums, max_norm)
+        sums: list[list[Tensor]] = []
+        for plan in self._devices:
+            with plan.current():
+                sums.append([bucket.gram(moving) for bucket in plan.buckets])
+        if confirm is not None:
+            confirmed = confirm()
+            if confirmed is None or not self._serves(pairs, exact):
+                return
+            moving = confirmed
+        for plan, partial_sums in zip(self._devices, sums, strict=True):
+            with plan.current():
+                for bucket, own in zip(plan.buckets, partial_sums, strict=True):
+                    bucket.solve(moving, own, max_norm)
         self._measured = pairs
 
     def _serves(self, pairs: Sequence[Pair], exact: bool) -> bool:
@@ -157,7 +131,11 @@ class LaunchPlan:
         if pairs is not self._pairs or exact != self._exact:
             return False
         # Alternation decides which sides may share workspace.
-        return all(bucket.alternate == bucket.options.alternate for bucket in self._buckets)
+        return all(bucket.alternate == bucket.options.alternate for bucket in self.buckets())
+
+    def buckets(self) -> list[Bucket]:
+        """List the buckets of all devices."""
+        return [bucket for plan in self._devices for bucket in plan.buckets]
 
     def forget(self) -> None:
         """Drop what was measured for a step that another path took, or that was refused."""
@@ -169,81 +147,54 @@ class LaunchPlan:
 
     def forget_layouts(self) -> None:
         """Drop what relies on the phases of pairs, which another path has moved on."""
-        self._pairs, self._layouts, self._buckets = None, {}, []
+        self._pairs = None
+        for plan in self._devices:
+            plan.forget_layouts()
 
-    def _on_device(self) -> contextlib.AbstractContextManager:
-        """Make the plan's device the current one."""
-        cuda = self.device.type == "cuda"
-        return torch.cuda.device(self.device) if cuda else contextlib.nullcontext()
-
-    def _new_buckets(self, pairs: Sequence[Pair], exact: bool) -> list[Bucket]:
-        """Sort pairs by what one set of launches can serve."""
-        members: dict[tuple, list[int]] = {}
+    def _lay_out(self, pairs: Sequence[Pair], exact: bool) -> None:
+        """Give every pair to its device; the first device is the first pair's."""
+        members: dict[torch.device, list[int]] = {}
         for k, pair in enumerate(pairs):
-            members.setdefault(bucket_key(pair), []).append(k)
-        shape = (2 * len(pairs), tables.NUMBERS.value)
-        numbers, first = torch.empty(shape, dtype=torch.float64, device=self.device), 0
-        buckets: list[Bucket] = []
-        # A layout that is not used now goes: its pairs may part from each other meanwhile.
-        self._earlier, self._layouts = self._layouts, {}
-        for key, places in members.items():
-            sides = [side for k in places for side in (2 * k, 2 * k + 1)]
-            whole = len(members) == 1
-            own = [pairs[k] for k in places]
-            new = Bucket(self, key, own, None if whole else sides, exact, numbers, first)
-            buckets.append(new)
-            first += new.sides
-        self._earlier = {}
-        return buckets
+            members.setdefault(device_of(pair), []).append(k)
+        known = {plan.device: plan for plan in self._devices}
+        self._devices = [known.get(device) or DevicePlan(device) for device in members]
+        # Their workspace goes before there is new.
+        self._pairs = None
+        for plan in self._devices:
+            plan.buckets = []
+        first = 0
+        for plan, own in zip(self._devices, members.values(), strict=True):
+            plan.lay_out(pairs, own, exact, first)
+            first = plan.own.stop
+        self._pairs, self._exact = pairs, exact
 
-    def outside(
-        self, plain_grads: Sequence[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> Tensor:
-        """Collect what the decision needs beside the pairs.
+    def _exchange(self) -> None:
+        """Bring what every device measured to all others."""
+        for plan in self._devices:
+            for other in self._devices:
+                if other is not plan:
+                    # torch makes the current streams of both wait for each other.
+                    plan.numbers[other.own].copy_(other.numbers[other.own], non_blocking=True)
 
-        Args:
-            plain_grads: gradients of all other parameters.
-            grad_scale: GradScaler's scale, or None.
-            found_inf: GradScaler's flag, or None.
-
-        Returns:
-            fp64 (squared norm of the plain gradients, scale, found_inf).
-        """
-        nothing = self.constant(("outside",), _nothing_outside)
-        if not plain_grads and grad_scale is None and found_inf is None:
+    def _bring(self, outside: Outside) -> list[Tensor]:
+        """Return fp64 (squared norm of the plain gradients, scale, found_inf) on every device."""
+        nothing = [plan.constant(("outside",), _nothing_outside) for plan in self._devices]
+        flags = ((1, outside.grad_scale), (2, outside.found_inf))
+        if not outside.plain_grads and all(flag is None for _, flag in flags):
             return nothing
-        outside = nothing.clone()
-        if plain_grads:
-            norms = torch._foreach_norm(list(plain_grads), 2, torch.float64)
-            outside[0] = torch.stack([n.to(self.device) for n in norms]).square().sum()
-        for index, value in ((1, grad_scale), (2, found_inf)):
-            if value is not None:
-                outside[index] = value.reshape(()).to(self.device)
-        return outside
+        home, values = self._devices[0].device, nothing[0].clone()
+        if outside.plain_grads:
+            norms = torch._foreach_norm(list(outside.plain_grads), 2, torch.float64)
+            values[0] = torch.stack([n.to(home) for n in norms]).square().sum()
+        for index, flag in flags:
+            if flag is not None:
+                values[index] = flag.reshape(()).to(home)
+        return [values.to(plan.device, non_blocking=True) for plan in self._devices]
 
-    def constant(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
-        """Return a tensor that never changes, made and brought to the device once."""
-        if key not in self._constants:
-            self._constants[key] = make().to(self.device)
-        return self._constants[key]
 
-    def layout(
-        self, key: tuple, pairs: Sequence[Pair], tile: configs.UpdateTile, operand_rows: int
-    ) -> Layout:
-        """Return the tiles and workspace of a bucket, built anew when its pairs change."""
-        wanted, steps = signature(pairs), step_counts(pairs)
-        cached = self._earlier.get((key, tile))
-        # Pairs of the same shapes that are not the same may be in different phases.
-        if (
-            cached is None
-            or cached[0] != wanted
-            or len(cached[1]) != len(steps)
-            or not all(map(operator.is_, cached[1], steps))
-        ):
-            new = new_layout(key[0], pairs, self.device, self.capability, tile, operand_rows)
-            cached = (wanted, steps, new)
-        self._layouts[key, tile] = cached
-        return cached[2]
+def device_of(pair: Pair) -> torch.device:
+    """Return the device of a checked pair."""
+    return pair.b.param.device
 
 
 def _nothing_outside() -> Tensor:
