@@ -46,6 +46,11 @@ def batch() -> dict[str, Tensor]:
     return {key: torch.stack([s[key] for s in samples]) for key in samples[0]}
 
 
+def single_precision(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Collate samples for a network in fp32."""
+    return {k: torch.stack([s[k] for s in samples]).float() for k in samples[0]}
+
+
 def adapted(**options) -> nn.Module:
     """Return the network with random adapters of rank 2 and 3, alpha 6, in fp64."""
     config = peft.LoraConfig(

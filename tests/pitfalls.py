@@ -17,6 +17,7 @@ from problems import check_close, check_displacement, make_adapter
 from runs import (
     Net,
     assert_same,
+    forget_accelerate,
     give_gradients,
     picture,
     take_step,
@@ -227,6 +228,7 @@ def own_scaler_protocol(patch: pytest.MonkeyPatch) -> None:
 )
 def check_contract() -> None:
     accelerate = pytest.importorskip("accelerate")
+    forget_accelerate()
     accelerate.Accelerator(cpu=True)
     model, hyper = adapted(), Hyper(lr=2e-2, max_grad_norm=0.2)
     oracle = Oracle(model)

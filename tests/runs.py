@@ -26,6 +26,9 @@ DTYPES = {
     "fp16": torch.float16,
 }
 
+# Where a GPU is, a run of a framework goes through the kernels as well.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
@@ -69,7 +72,8 @@ class Net(nn.Module):
         """
         exact: dict[nn.Parameter, Tensor] = {}
         shift = [self.bias.double()[:, None], 0.0]
-        for pair, target, added in zip(self.pairs, self.targets(k), shift, strict=True):
+        targets = [t.to(self.bias.device) for t in self.targets(k)]
+        for pair, target, added in zip(self.pairs, targets, shift, strict=True):
             b, a = pair.lora_B.double(), pair.lora_A.double()
             gradient = (pair.base.double() + pair.scaling * b @ a + added - target) / 8
             exact[pair.lora_B] = pair.scaling * gradient @ a.T
@@ -77,6 +81,25 @@ class Net(nn.Module):
             exact.setdefault(self.bias, gradient.sum(1))
         for p, grad in exact.items():
             p.grad = grad.to(p.dtype) if p.requires_grad else None
+
+
+def assert_kernels(opt: Any, device: str) -> None:
+    """Fail if a run on a GPU did not end on the kernels."""
+    if device == "cuda":
+        assert opt._plan is not None
+        assert {bucket.device.type for bucket in opt._plan.buckets()} == {"cuda"}
+
+
+def on_one_gpu(arguments: Any) -> Any:
+    """Keep a Trainer from DataParallel where there are several GPUs."""
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+def forget_accelerate() -> None:
+    """Let the next Accelerator choose: the first one's device is kept for the whole process."""
+    state = pytest.importorskip("accelerate.state")
+    state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def take_step(net: Net, opt: torch.optim.Optimizer, k: int) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense_net import SAMPLES, Samples, adapted, batch
+from dense_net import SAMPLES, Samples, adapted, batch, single_precision
 from runs import (
+    DEVICES,
+    assert_kernels,
     assert_same,
     differences,
+    forget_accelerate,
+    on_one_gpu,
     one_thread,  # noqa: F401 - an autouse fixture
     picture,
     without_gradients,
@@ -24,8 +28,7 @@ OPTIONS = {"lr": 2e-2, "weight_decay": 0.1, "max_grad_norm": 0.3}
 
 @pytest.fixture(autouse=True)
 def own_state() -> None:
-    """accelerate's process-wide state holds the device of whoever made an Accelerator first."""
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
 
 
 def decay(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -65,29 +68,28 @@ def test_prepared_loop_with_accumulation_is_the_plain_loop_bitwise():
     assert_same(plain_run(5), picture(opt), "prepared")
 
 
-def test_checkpoint_of_accelerate_resumes_bitwise(tmp_path):
-    accelerator = accelerate.Accelerator(cpu=True)
+@pytest.mark.parametrize("device", DEVICES)
+def test_checkpoint_of_accelerate_resumes_bitwise(device, tmp_path):
+    accelerator = accelerate.Accelerator(cpu=device == "cpu")
+    inputs = {k: v.float().to(device) for k, v in batch().items()}
 
     def run(steps: range, resume: bool) -> dict:
-        model = adapted()
+        model = adapted().float()
         opt = lk.LoFTAdamW(model, **OPTIONS)
         model, prepared = accelerator.prepare(model, opt)
         if resume:
             accelerator.load_state(str(tmp_path))
         for k in steps:
-            accelerator.backward(model(**batch())["loss"])
+            accelerator.backward(model(**inputs)["loss"])
             prepared.step()
             prepared.zero_grad()
             if k == 2 and not resume:
                 accelerator.save_state(str(tmp_path), safe_serialization=False)
         accelerator.free_memory()
+        assert_kernels(opt, device)
         return picture(opt)
 
     assert_same(run(range(6), resume=False), run(range(3, 6), resume=True), "resumed")
-
-
-def single_precision(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {k: torch.stack([s[k] for s in samples]).float() for k in samples[0]}
 
 
 class Overflow(transformers.TrainerCallback):
@@ -119,7 +121,7 @@ class Overflow(transformers.TrainerCallback):
         self.calls += 1
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("overflows", [{3}, {0, 2}], ids=["A-phase", "first-and-B-phase"])
 def test_overflow_in_a_trainer_run_changes_nothing_and_holds_the_scheduler(
     overflows, device, tmp_path
@@ -138,10 +140,9 @@ def test_overflow_in_a_trainer_run_changes_nothing_and_holds_the_scheduler(
         fp16=device == "cuda",
         disable_tqdm=True,
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # no DataParallel where there are several
     trainer = transformers.Trainer(
         model=model,
-        args=arguments,
+        args=on_one_gpu(arguments),
         train_dataset=Samples(),
         data_collator=single_precision,
         optimizer_cls_and_kwargs=(lk.LoFTFactory, OPTIONS),
@@ -157,6 +158,7 @@ def test_overflow_in_a_trainer_run_changes_nothing_and_holds_the_scheduler(
         assert rates[call + 1] == rates[call], "the scheduler advanced over a skipped step"
     assert len(set(rates)) == 6 - len(overflows)
     opt = trainer.optimizer.optimizer
+    assert_kernels(opt, device)
     assert {int(s["step"]) for s in opt.state.values()} == {6 - len(overflows)}
     assert trainer.optimizer.scaler.get_scale() == 2.0 ** (7 - len(overflows))
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from runs import (
+    DEVICES,
     DTYPES,
     OPTIONS,
     Net,
+    assert_kernels,
     assert_same,
     leaves,
     one_thread,  # noqa: F401 - an autouse fixture
@@ -28,8 +30,8 @@ import loft_kernels as lk
 HYPER = {"lr": 1e-2, "weight_decay": 0.1}
 
 
-def fresh(dtype=torch.float32, **options) -> tuple[Net, lk.LoFTAdamW]:
-    net = Net(dtype)
+def fresh(dtype=torch.float32, device="cpu", **options) -> tuple[Net, lk.LoFTAdamW]:
+    net = Net(dtype).to(device)
     return net, lk.LoFTAdamW(net, **HYPER, **options)
 
 
@@ -84,19 +86,22 @@ ROUND_TRIPS = [
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:the LoFT step runs on the reference path")
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("name", "steps", "dtype", "flat"), ROUND_TRIPS)
-def test_round_trip_through_a_folder_is_bitwise(name, steps, dtype, flat, tmp_path):
+def test_round_trip_through_a_folder_is_bitwise(name, steps, dtype, flat, device, tmp_path):
     dtype = DTYPES[dtype]
     how = StateDictOptions(flatten_optimizer_state_dict=flat)
-    whole_net, whole = fresh(dtype, **OPTIONS[name])
+    whole_net, whole = fresh(dtype, device, **OPTIONS[name])
     take_steps(whole_net, whole, range(steps))
+    assert_kernels(whole, device if name in ("full", "simultaneous") else "cpu")
     saved = get_optimizer_state_dict(whole_net, whole, options=how)
     content = {"optim": saved, "model": whole_net.state_dict()}
     dcp.save(content, checkpoint_id=tmp_path, no_dist=True)
     at_save = without_gradients(picture(whole))
     take_steps(whole_net, whole, range(steps, steps + 3))
 
-    net, opt = fresh(dtype, **OPTIONS[name])
+    net, opt = fresh(dtype, device, **OPTIONS[name])
     loaded = {
         "optim": get_optimizer_state_dict(net, opt, options=how),
         "model": net.state_dict(),

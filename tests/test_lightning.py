@@ -10,6 +10,8 @@ from dense_net import SAMPLES, Oracle, Samples, adapted, batch, weights
 from oracle import Hyper
 from problems import check_displacement
 from runs import (
+    DEVICES,
+    assert_kernels,
     assert_same,
     one_thread,  # noqa: F401 - an autouse fixture
     picture,
@@ -26,13 +28,14 @@ LR = 3e-2
 class Module(lightning.LightningModule):
     """The adapted network under automatic optimisation."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, dtype=torch.float64, **options) -> None:
         super().__init__()
-        self.model = adapted()
+        self.model = adapted().to(dtype)
         self.options = {"lr": LR, **options}
 
     def training_step(self, batch, index):
-        return self.model(**batch)["loss"]
+        dtype = next(self.model.parameters()).dtype
+        return self.model(**{k: v.to(dtype) for k, v in batch.items()})["loss"]
 
     def configure_optimizers(self):
         return lk.create_loft_optimizer(self.model, **self.options)
@@ -42,12 +45,11 @@ def trainer(folder, steps: int, **options) -> lightning.Trainer:
     return lightning.Trainer(
         default_root_dir=folder,
         max_steps=steps,
-        accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **options,
+        **{"accelerator": "cpu", "devices": 1, **options},
     )
 
 
@@ -90,12 +92,15 @@ def test_accumulated_batches_are_one_step(tmp_path):
         assert torch.equal(weight, weights(model)[name]), name
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("steps", [3, 4])
-def test_resume_from_a_checkpoint_is_bitwise(steps, tmp_path):
-    _, whole, _ = fit(tmp_path, steps + 3)
-    _, first, _ = fit(tmp_path, steps)
+def test_resume_from_a_checkpoint_is_bitwise(steps, device, tmp_path):
+    how = {"options": {"dtype": torch.float32}, "accelerator": device}
+    _, whole, _ = fit(tmp_path, steps + 3, **how)
+    assert_kernels(whole.optimizers[0], device)
+    _, first, _ = fit(tmp_path, steps, **how)
     first.save_checkpoint(tmp_path / "saved.ckpt")
-    _, resumed, _ = fit(tmp_path, steps + 3, resume=tmp_path / "saved.ckpt")
+    _, resumed, _ = fit(tmp_path, steps + 3, resume=tmp_path / "saved.ckpt", **how)
     pictures = [without_gradients(picture(run.optimizers[0])) for run in (whole, resumed)]
     assert_same(*pictures, "resumed")
 

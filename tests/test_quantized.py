@@ -8,7 +8,11 @@ import pytest
 import torch
 from oracle import DensePair, Hyper, step_pairs
 from problems import check_displacement, generator
-from runs import one_thread  # noqa: F401 - an autouse fixture
+from runs import (
+    DEVICES,
+    assert_kernels,
+    one_thread,  # noqa: F401 - an autouse fixture
+)
 from tiny import TinyDataset, tiny_model
 
 import loft_kernels as lk
@@ -21,7 +25,6 @@ BITS = {
     "4-bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "8-bit": {"load_in_8bit": True},
 }
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PAIRS = 14
 LIMIT = 5e-4  # a few fp32 steps
 
@@ -75,6 +78,7 @@ def test_adapters_train_and_the_base_keeps_its_bytes(bits, device, folder):
     base = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
     assert any(not p.is_floating_point() for p in base.values())
     losses += train(model, opt, range(1, 6), device)
+    assert_kernels(opt, device)
     assert losses[-1] < losses[0] - 0.2
     for name, p in model.named_parameters():
         if "lora_" not in name:
@@ -131,20 +135,21 @@ def test_steps_follow_the_dense_oracle(bits, device, folder):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("steps", [2, 3])
 @pytest.mark.parametrize("bits", BITS)
-def test_resume_over_a_quantised_base_is_bitwise(bits, steps, folder, tmp_path):
-    whole = adapted(quantized(folder, bits, "cpu"))
+def test_resume_over_a_quantised_base_is_bitwise(bits, steps, device, folder, tmp_path):
+    whole = adapted(quantized(folder, bits, device))
     opt = lk.LoFTAdamW(whole, lr=1e-2)
-    train(whole, opt, range(steps), "cpu")
+    train(whole, opt, range(steps), device)
     adapters = {n: p.detach().clone() for n, p in whole.named_parameters() if "lora_" in n}
     torch.save(opt.state_dict(), tmp_path / "optimizer.pt")
-    train(whole, opt, range(steps, steps + 2), "cpu")
+    train(whole, opt, range(steps, steps + 2), device)
 
-    again = adapted(quantized(folder, bits, "cpu"))
+    again = adapted(quantized(folder, bits, device))
     again.load_state_dict(adapters, strict=False)
     opt = lk.LoFTAdamW(again, lr=1e-2)
     opt.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
-    train(again, opt, range(steps, steps + 2), "cpu")
+    train(again, opt, range(steps, steps + 2), device)
     for (name, p), q in zip(whole.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from runs import DEVICES, assert_kernels, on_one_gpu
 from torch import nn
 
 import loft_kernels as lk
@@ -48,7 +49,7 @@ def adapted_model() -> nn.Module:
     return peft.get_peft_model(transformers.GPT2LMHeadModel(config), lora)
 
 
-def run(folder, way: str, resume: str | None = None):
+def run(folder, way: str, device: str = "cpu", resume: str | None = None):
     """Train to the end, from the start or from a checkpoint; return model and optimizer."""
     model = adapted_model()
     options = {"lr": 1e-2, "weight_decay": 0.01, "max_grad_norm": 0.5}
@@ -64,25 +65,29 @@ def run(folder, way: str, resume: str | None = None):
         logging_steps=1,
         max_grad_norm=0.0,
         report_to="none",
-        use_cpu=True,
+        use_cpu=device == "cpu",
         seed=11,
         disable_tqdm=True,
     )
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Bytes(), **given)
+    trainer = transformers.Trainer(
+        model=model, args=on_one_gpu(arguments), train_dataset=Bytes(), **given
+    )
     trainer.train(resume_from_checkpoint=resume)
     return model, trainer.optimizer.optimizer, trainer
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("way", ["optimizers", "factory"])
-def test_resume_from_a_checkpoint_is_bitwise(way, tmp_path):
-    model, opt, trainer = run(tmp_path / "whole", way)
+def test_resume_from_a_checkpoint_is_bitwise(way, device, tmp_path):
+    model, opt, trainer = run(tmp_path / "whole", way, device)
+    assert_kernels(opt, device)
     assert len(opt._slots) == 2
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == STEPS
     for step in SAVED:
         checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
-        again, opt_again, _ = run(tmp_path / f"from{step}", way, resume=checkpoint)
+        again, opt_again, _ = run(tmp_path / f"from{step}", way, device, resume=checkpoint)
         for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
             assert torch.equal(p, q), f"{name} differs after resuming at step {step}"
         expected, resumed = opt.state_dict()["state"], opt_again.state_dict()["state"]

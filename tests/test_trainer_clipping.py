@@ -5,10 +5,15 @@ from __future__ import annotations
 import warnings
 
 import pytest
-from dense_net import SAMPLES, Oracle, Samples, adapted, weights
+from dense_net import SAMPLES, Oracle, Samples, adapted, single_precision, weights
 from oracle import Hyper
 from problems import check_close, check_displacement
-from runs import one_thread  # noqa: F401 - an autouse fixture
+from runs import (
+    DEVICES,
+    assert_kernels,
+    on_one_gpu,
+    one_thread,  # noqa: F401 - an autouse fixture
+)
 
 import loft_kernels as lk
 
@@ -18,11 +23,17 @@ pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 STEPS, LR = 6, 3e-2
 
 
-def train(folder, *, trainer_norm=0.0, loft_norm=None, log_norm=False, logging_steps=1):
+def train(
+    folder, *, trainer_norm=0.0, loft_norm=None, log_norm=False, logging_steps=1, device="cpu"
+):
     """Train with the factory, as a Trainer makes the optimizer itself."""
     from loft_kernels.integrations.trainer_callback import ProjectedNormCallback
 
+    options, collate = {"lr": LR, "max_grad_norm": loft_norm}, None
     model = adapted()
+    if device == "cuda":  # the kernels serve no fp64
+        model, collate = model.float(), single_precision
+        options["precision"] = "ieee"
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -32,14 +43,15 @@ def train(folder, *, trainer_norm=0.0, loft_norm=None, log_norm=False, logging_s
         save_strategy="no",
         max_grad_norm=trainer_norm,
         report_to="none",
-        use_cpu=True,
+        use_cpu=device == "cpu",
         disable_tqdm=True,
     )
     trainer = transformers.Trainer(
         model=model,
-        args=arguments,
+        args=on_one_gpu(arguments),
         train_dataset=Samples(),
-        optimizer_cls_and_kwargs=(lk.LoFTFactory, {"lr": LR, "max_grad_norm": loft_norm}),
+        data_collator=collate,
+        optimizer_cls_and_kwargs=(lk.LoFTFactory, options),
         callbacks=[ProjectedNormCallback()] if log_norm else [],
     )
     with warnings.catch_warnings(record=True) as caught:
@@ -49,20 +61,23 @@ def train(folder, *, trainer_norm=0.0, loft_norm=None, log_norm=False, logging_s
     return model, trainer, clipped
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("max_norm", [None, 0.2], ids=["no-clipping", "clipping"])
-def test_trainer_run_equals_the_dense_oracle(max_norm, tmp_path):
+def test_trainer_run_equals_the_dense_oracle(max_norm, device, tmp_path):
     oracle = Oracle(adapted())
     start, hyper = oracle.weights, Hyper(lr=LR, max_grad_norm=max_norm)
     norms = [oracle.step(hyper) for _ in range(STEPS)]
     if max_norm is not None:
         assert min(norms) > max_norm, "the case must clip at every step"
-    model, trainer, warned = train(tmp_path, loft_norm=max_norm, log_norm=True)
+    model, trainer, warned = train(tmp_path, loft_norm=max_norm, log_norm=True, device=device)
+    assert_kernels(trainer.optimizer.optimizer, device)
+    limit = 1e-8 if device == "cpu" else 5e-4  # a few steps in fp32
     for name, weight in weights(model).items():
-        check_displacement(weight, oracle.weights[name], start[name], 1e-8, name)
+        check_displacement(weight.cpu(), oracle.weights[name], start[name], limit, name)
     logged = [e["projected_grad_norm"] for e in trainer.state.log_history if "loss" in e]
     assert len(logged) == STEPS
     # The callback logs what torch's function would return, in fp32.
-    assert logged == pytest.approx(norms, rel=1e-6)
+    assert logged == pytest.approx(norms, rel=1e-6 if device == "cpu" else 1e-4)
     assert warned == []
 
 

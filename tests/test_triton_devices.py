@@ -6,9 +6,10 @@ and a decision of its own. `tests/test_devices.py` takes two GPUs.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 
 from loft_kernels import backends
 
@@ -143,15 +144,15 @@ def test_other_parameters_take_part_on_every_device(spread):
 
 def pairs_on(devices):
     """Make the pairs that an optimizer would gather, on devices that need not be here."""
-    pairs = []
-    for device in devices:
-        module, opt = build(CASE, "ieee")
-        set_gradients(module, CASE, 0)
-        pair = opt._gather(allocate=False)[0][0]
+    module, opt = build(CASE, "ieee")
+    set_gradients(module, CASE, 0)
+    pairs = opt._gather(allocate=False)[0][: len(devices)]
+    for pair, device in zip(pairs, devices, strict=True):
         for factor in (pair.b, pair.a):
-            with FakeTensorMode():
-                factor.param, factor.grad = (torch.empty(2, 2, device=device) for _ in "pg")
-        pairs.append(pair)
+            tensor = SimpleNamespace(
+                device=torch.device(device), dtype=torch.float32, shape=factor.param.shape
+            )
+            factor.param = factor.grad = tensor
     return pairs
 
 
