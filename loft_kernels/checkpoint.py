@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from loft_kernels.integrations.callers import deepspeed_allocates
 from loft_kernels.plain_adamw import STATE_KEYS
 from loft_kernels.state import FORMAT, check_loaded_state
 
@@ -40,13 +41,13 @@ def unbox(state: Mapping[Any, Any]) -> defaultdict[Any, Any]:
 
 
 def is_rehearsal(optimizer: Any) -> bool:
-    """Tell the step that only allocates state, as ``torch.distributed.checkpoint`` takes it.
+    """Tell the step that only allocates state, of ``torch.distributed.checkpoint`` or DeepSpeed.
 
-    It comes before any state, with every rate and every gradient exactly 0. A warm-up that starts
-    from rate 0 has gradients, and counts.
+    It comes before any state, with every gradient exactly 0 and every rate 0. A warm-up that starts
+    from rate 0 has gradients, and counts. DeepSpeed leaves the rates as they are.
     """
     groups = optimizer.param_groups
-    if any(group["lr"] != 0 for group in groups):
+    if any(group["lr"] != 0 for group in groups) and not deepspeed_allocates():
         return False
     grads = [p.grad for group in groups for p in group["params"]]
     return all(not g.any() for g in grads if g is not None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loft_kernels.functional import ReferenceStep, exact_arithmetic
-from loft_kernels.integrations.outer_clipping import unwrapped
+from loft_kernels.integrations.callers import unwrapped
 from loft_kernels.measured import HostPath, PreparedPair
 from loft_kernels.plan import Pair
 from loft_kernels.state import state_dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from loft_kernels.integrations.outer_clipping import outer_clipping
+from loft_kernels.integrations.callers import outer_clipping
 from loft_kernels.state import state_bytes
 
 # Frames between the warning and the caller of `step`: the function here, `step` and torch's

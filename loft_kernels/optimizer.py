@@ -15,6 +15,7 @@ from loft_kernels.adapters import (
     LoRAPair,
     NamedScaling,
     OnUnsupported,
+    check_still_held,
     loft_param_groups,
     pairs_from_names,
 )
@@ -402,6 +403,8 @@ class LoFTAdamW(Optimizer):
                 check_state(factor, partner, pair.options)
             if pair.b.param.numel() == 0 or pair.a.param.numel() == 0:
                 continue
+            if pair.b.grad is None or pair.a.grad is None:
+                check_still_held(slot.scaling, pair)
             if pair.b.grad is not None or pair.a.grad is not None:
                 pairs.append(pair)
         plain = self._plain_parameters()

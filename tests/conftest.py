@@ -1,4 +1,7 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which has to be asked for early."""
+"""What has to be asked for before anything is imported, and what runs where.
+
+Without a GPU the Triton kernels run in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ pytest.register_assert_rewrite("dense_net", "pitfalls", "pitfalls_more")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# accelerate imports it wherever it is installed; for a GPU it would look for nvcc.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

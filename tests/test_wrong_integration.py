@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from runs import (
 )
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import loft_kernels as lk
 
@@ -82,6 +83,76 @@ def test_fsdp2_swap_by_accelerate_is_refused_at_the_step(one_process):
     with pytest.raises(NotImplementedError, match=says(SHARDED)):
         opt.step()
     assert not opt.state
+
+
+@pytest.mark.parametrize("part", ["all", "first"])
+def test_fsdp2_after_the_optimizer_is_refused_at_the_step(one_process, part):
+    """Other parameters stand in the module then, and get the gradients."""
+    net = Net()
+    opt = lk.LoFTAdamW(net)
+    before = picture(opt)
+    fully_shard(net if part == "all" else net.first)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(NotImplementedError, match=says(SHARDED)):
+        opt.step()
+    assert not opt.state
+    after = picture(opt)
+    assert_same(*({k: v for k, v in x.items() if ".grad" not in k} for x in (before, after)))
+
+
+@pytest.mark.parametrize("made", ["before", "after"])
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use", "ignore::FutureWarning")
+def test_fsdp1_with_flat_parameters_is_refused(one_process, made):
+    net = Net()
+    opt = lk.LoFTAdamW(net) if made == "before" else None
+    wrapped = FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=False)
+    message = (
+        "first.lora_B is a part of a flat parameter, as FSDP1 makes it with use_orig_params=False: "
+        "LoFT needs whole factors. Use DDP, or FSDP2 with the LoRA parameters in "
+        "fully_shard(ignored_params=...) and all-reduce their gradients before step()"
+    )
+    with pytest.raises(NotImplementedError, match=re.escape(message)):
+        lk.LoFTAdamW(wrapped) if opt is None else opt.step()
+
+
+def test_exchanged_factors_are_refused_at_the_step():
+    net = Net()
+    opt = lk.LoFTAdamW(net)
+    take_step(net, opt, 0)
+    opt.zero_grad()
+    net.second.load_state_dict(
+        {k: v.clone() for k, v in net.second.state_dict().items()}, assign=True
+    )
+    before = picture(opt)
+    net.set_gradients(1)
+    message = (
+        "second.lora_B has no gradient, because the model holds another tensor in its place since "
+        "the optimizer was made (load_state_dict(assign=True)?): make the optimizer afterwards"
+    )
+    with pytest.raises(RuntimeError, match=says(message)):
+        opt.step()
+    after = picture(opt)
+    assert_same(*({k: v for k, v in x.items() if ".grad" not in k} for x in (before, after)))
+
+
+def test_fsdp2_recipe_of_the_docs_goes_in_one_order(one_process, monkeypatch):
+    """A set goes by address, which every rank has its own of: gradients of several factors add."""
+    text = (Path(__file__).parents[1] / "docs" / "frameworks.md").read_text()
+    (recipe,) = re.findall(r"```python\n(adapters = .*?)```", text, re.DOTALL)
+    net = parameters(Net())
+    trained = [p for p in net.parameters() if p.requires_grad]
+
+    class Loss:
+        def backward(self) -> None:
+            for p in trained:
+                p.grad = torch.ones_like(p)
+
+    seen = []
+    monkeypatch.setattr(dist, "all_reduce", seen.append)
+    names = {"model": net, "loss": Loss(), "fully_shard": fully_shard, "dist": dist}
+    exec(recipe, {**names, "LoFTAdamW": lk.LoFTAdamW})
+    assert [id(g) for g in seen] == [id(p.grad) for p in trained]
 
 
 def test_fsdp2_with_whole_adapters_trains_as_without(one_process):

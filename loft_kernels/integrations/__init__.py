@@ -1,5 +1,5 @@
 """Training frameworks: what they need beyond a ``torch.optim.Optimizer``.
 
-``factory`` is a way in, ``outer_clipping`` knows the frameworks' own clipping and wrappers, and
+``factory`` is a way in, ``callers`` knows what frameworks do around a step, and their wrappers, and
 ``trainer_callback``, the only one that imports a framework, logs.
 """

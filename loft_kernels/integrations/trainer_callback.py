@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from transformers import TrainerCallback
 
 from loft_kernels.clipping import clip_grad_norm_
-from loft_kernels.integrations.outer_clipping import unwrapped
+from loft_kernels.integrations.callers import unwrapped
 from loft_kernels.optimizer import LoFTAdamW
 
 KEY = "projected_grad_norm"
@@ -24,6 +25,7 @@ class ProjectedNormCallback(TrainerCallback):
     def __init__(self) -> None:
         """Start without a norm."""
         self._norm: float | None = None
+        self._warned = False
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
@@ -35,8 +37,18 @@ class ProjectedNormCallback(TrainerCallback):
         if not logged and not (args.logging_first_step and step == 1):
             return
         inner = unwrapped(optimizer)
-        if isinstance(inner, LoFTAdamW):
+        if not isinstance(inner, LoFTAdamW):
+            return
+        if any(p.grad is not None for group in inner.param_groups for p in group["params"]):
             self._norm = clip_grad_norm_(inner, float("inf")).item()
+        elif not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{KEY} is not logged: there is no gradient left to measure (DeepSpeed takes its "
+                "step within the backward pass)",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
