@@ -74,6 +74,10 @@ def test_zero_gradients_after_the_first_step_count():
     assert {int(opt.state[p]["step"]) for p in net.parameters()} == {2}
 
 
+def _on_cpu(value):
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
 ROUND_TRIPS = [
     *(
         pytest.param(name, steps, dtype, False, id=f"{name}-{steps}-{dtype}")
@@ -109,7 +113,9 @@ def test_round_trip_through_a_folder_is_bitwise(name, steps, dtype, flat, device
     dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
     net.load_state_dict(loaded["model"])
     set_optimizer_state_dict(net, opt, loaded["optim"], options=how)
-    assert_same(at_save, without_gradients(picture(opt)), "as loaded")
+    # Counts of what is no pair stay on the CPU until the first step.
+    here, there = ({k: _on_cpu(v) for k, v in x.items()} for x in (at_save, picture(opt)))
+    assert_same(here, without_gradients(there), "as loaded")
     take_steps(net, opt, range(steps, steps + 3))
     assert_same(
         without_gradients(picture(whole)), without_gradients(picture(opt)), "after three more steps"

@@ -19,6 +19,7 @@ from runs import (
 )
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import loft_kernels as lk
@@ -32,6 +33,11 @@ SHARDED = (
 
 def says(message: str) -> str:
     return f"^{re.escape(message)}$"
+
+
+def shard(module: nn.Module, **options) -> nn.Module:
+    """Shard on the CPU, also where there is a GPU."""
+    return fully_shard(module, mesh=init_device_mesh("cpu", (1,)), **options)
 
 
 @pytest.fixture
@@ -53,7 +59,7 @@ def parameters(module: nn.Module) -> nn.Module:
 
 def test_fsdp2_model_is_refused_at_construction(one_process):
     net = Net()
-    fully_shard(net)
+    shard(net)
     with pytest.raises(NotImplementedError, match=says(SHARDED)):
         lk.LoFTAdamW(net)
 
@@ -74,7 +80,7 @@ def test_fsdp2_swap_by_accelerate_is_refused_at_the_step(one_process):
     )
     with pytest.raises(ValueError, match=placeholder):
         opt.step()
-    fully_shard(net)
+    shard(net)
     sharded = dict(net.named_parameters())
     mapping = {pointer: sharded[name] for pointer, name in old.items()}
     switch.fsdp2_switch_optimizer_parameters(opt, mapping)
@@ -91,7 +97,7 @@ def test_fsdp2_after_the_optimizer_is_refused_at_the_step(one_process, part):
     net = Net()
     opt = lk.LoFTAdamW(net)
     before = picture(opt)
-    fully_shard(net if part == "all" else net.first)
+    shard(net if part == "all" else net.first)
     for p in net.parameters():
         p.grad = torch.ones_like(p)
     with pytest.raises(NotImplementedError, match=says(SHARDED)):
@@ -150,17 +156,17 @@ def test_fsdp2_recipe_of_the_docs_goes_in_one_order(one_process, monkeypatch):
 
     seen = []
     monkeypatch.setattr(dist, "all_reduce", seen.append)
-    names = {"model": net, "loss": Loss(), "fully_shard": fully_shard, "dist": dist}
+    names = {"model": net, "loss": Loss(), "fully_shard": shard, "dist": dist}
     exec(recipe, {**names, "LoFTAdamW": lk.LoFTAdamW})
     assert [id(g) for g in seen] == [id(p.grad) for p in trained]
 
 
 def test_fsdp2_with_whole_adapters_trains_as_without(one_process):
     runs = []
-    for shard in (False, True):
+    for sharded in (False, True):
         net = parameters(Net())
-        if shard:
-            fully_shard(net, ignored_params={p for p in net.parameters() if p.requires_grad})
+        if sharded:
+            shard(net, ignored_params={p for p in net.parameters() if p.requires_grad})
             assert type(net.first.base).__name__ == "DTensor"
         opt = lk.LoFTAdamW(net)
         for k in range(3):
@@ -174,7 +180,7 @@ def test_fsdp2_with_whole_adapters_trains_as_without(one_process):
 
 def test_sharded_plain_parameter_is_refused_by_name(one_process):
     net = Net()
-    fully_shard(net, ignored_params={p for n, p in net.named_parameters() if "lora" in n})
+    shard(net, ignored_params={p for n, p in net.named_parameters() if "lora" in n})
     opt = lk.LoFTAdamW(net)
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
