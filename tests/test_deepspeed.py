@@ -81,9 +81,9 @@ class Trained(Net):
         return self.loss(k)
 
 
-def start(deepspeed, stage, *, dtype=None, clip=0.0, **options):
+def start(deepspeed, stage, *, net=None, dtype=None, clip=0.0, **options):
     """Make an engine with LoFT in it."""
-    net = Trained()
+    net = net or Trained()
     opt = lk.LoFTAdamW(net, lr=1e-2, **options)
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -98,8 +98,8 @@ def start(deepspeed, stage, *, dtype=None, clip=0.0, **options):
     return net, opt, engine
 
 
-def go(engine, steps=5):
-    for k in range(steps):
+def go(engine, steps=range(5)):
+    for k in steps:
         engine.backward(engine(k))
         engine.step()
 
@@ -203,17 +203,48 @@ def test_stage_0_in_bf16_is_a_loop_on_fp32_copies_bit_for_bit(deepspeed):
     assert {int(s["step"]) for s in opt.state.values()} == {5}
 
 
+def test_its_checkpoint_resumes_bitwise_in_bf16(deepspeed, tmp_path):
+    net, _, engine = start(deepspeed, 0, dtype="bf16")
+    go(engine, range(3))
+    engine.save_checkpoint(str(tmp_path))
+    go(engine, range(3, 6))
+    again, opt, resumed = start(deepspeed, 0, dtype="bf16")
+    resumed.load_checkpoint(str(tmp_path))
+    go(resumed, range(3, 6))
+    assert_same(values(net.parameters()), values(again.parameters()), "resumed")
+    assert {int(s["step"]) for s in opt.state.values()} == {6}
+
+
+def test_in_bf16_a_missing_gradient_is_zero(deepspeed):
+    """So an adapter that rests takes steps."""
+
+    class Resting(Trained):
+        def forward(self, k: int) -> torch.Tensor:
+            return (self.first.weight * self.targets(k)[0].float()).sum()
+
+    _, opt, engine = start(deepspeed, 0, dtype="bf16", net=Resting())
+    go(engine, range(2))
+    assert {int(s["step"]) for s in opt.state.values()} == {2}
+
+
+def test_in_bf16_a_frozen_factor_is_refused(deepspeed):
+    net = Trained()
+    net.first.lora_A.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=re.escape(FLATTENED) + "$"):
+        start(deepspeed, 0, dtype="bf16", net=net)
+
+
 def test_clipping_by_the_default_of_deepspeed_is_named(deepspeed):
     _, _, engine = start(deepspeed, 0, clip=None)
     with pytest.warns(UserWarning, match="deepspeed's gradient_clipping=1.0: that is"):
-        go(engine, 1)
+        go(engine, range(1))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_is_refused_at_the_first_step(deepspeed, stage):
     net, opt, engine = start(deepspeed, stage)
     with pytest.raises(RuntimeError, match=re.escape(FLATTENED) + "$"):
-        go(engine, 1)
+        go(engine, range(1))
     assert not opt.state
     if stage < 3:
         assert_same(values(net.parameters()), values(Trained().parameters()), "refused")
