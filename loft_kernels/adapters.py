@@ -19,8 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from loft_kernels.exchanged import check_not_flat
 from loft_kernels.layers import Candidate, as_matrix, candidates, other_product
-from loft_kernels.plan import GROUP_OPTIONS, Pair
+from loft_kernels.plan import GROUP_OPTIONS
 from loft_kernels.state import check_factor
 
 logger = logging.getLogger("loft_kernels")
@@ -275,50 +276,13 @@ def _strict_pair(candidate: Candidate) -> LoRAPair:
             "on_unsupported='adamw' to train these factors with plain AdamW"
         )
     for factor_name, factor in ((name_b, b), (name_a, a)):
-        _check_not_flat(factor_name, factor)
+        check_not_flat(factor_name, factor)
     # Convolutions are pairs of matrices here; `other_product` has seen to it that they can be.
     _check_shapes(name_b, as_matrix(name_b, b), name_a, as_matrix(name_a, a))
     name = f"{candidate.path}[{candidate.adapter}]" if candidate.adapter else candidate.path
     scaling = Scaling(1.0, candidate.layer, candidate.adapter, name or name_b)
     scaling.read()
     return LoRAPair(name, b, a, scaling, name_b, name_a)
-
-
-def check_still_held(scaling: Scaling, pair: Pair) -> None:
-    """Notice that the model trains other tensors in place of factors that get no gradient here.
-
-    Raises:
-        NotImplementedError: a wrapper sharded or flattened them after the optimizer was made.
-        RuntimeError: something else exchanged them.
-    """
-    module, adapter = scaling.place or (lambda: None, "")
-    layer = module()
-    if layer is None:
-        return
-    for candidate in candidates("", layer, {}):
-        if candidate.adapter != adapter:
-            continue
-        for factor, now in zip((pair.b, pair.a), candidate.factors, strict=True):
-            if factor.grad is not None or now is None or now is factor.stored:
-                continue
-            _check_not_flat(factor.name, now)
-            if now.is_leaf and now.grad is not None:
-                check_factor(factor.name, as_matrix(factor.name, now))
-                raise RuntimeError(
-                    f"{factor.name} has no gradient, because the model holds another tensor in its "
-                    "place since the optimizer was made (load_state_dict(assign=True)?): make the "
-                    "optimizer afterwards"
-                )
-
-
-def _check_not_flat(name: str, factor: Tensor) -> None:
-    """Refuse what FSDP1 leaves in a module: a view of the parameter that it trains."""
-    if not isinstance(factor, nn.Parameter) and isinstance(factor._base, nn.Parameter):
-        raise NotImplementedError(
-            f"{name} is a part of a flat parameter, as FSDP1 makes it with use_orig_params=False: "
-            "LoFT needs whole factors. Use DDP, or FSDP2 with the LoRA parameters in "
-            "fully_shard(ignored_params=...) and all-reduce their gradients before step()"
-        )
 
 
 def _check_shapes(name_b: str, b: Tensor, name_a: str, a: Tensor) -> None:

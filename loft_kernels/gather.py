@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from loft_kernels.adapters import Scaling
+from loft_kernels.exchanged import Held
 from loft_kernels.plan import Moving, Pair, StepOptions, addresses_and_strides
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class PairSlot:
     b: Place
     a: Place
     scaling: Scaling
+    held: Held
 
 
 class _ByIdentity(TorchFunctionMode):

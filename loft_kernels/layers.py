@@ -38,9 +38,12 @@ class Candidate:
         return self.b, self.a
 
 
+_KEYS = ("lora_{}", "lora_embedding_{}")
+
+
 def candidates(path: str, layer: nn.Module, names: Mapping[int, str]) -> Iterator[Candidate]:
     """List the adapters of one layer."""
-    for key in ("lora_{}", "lora_embedding_{}"):
+    for key in _KEYS:
         key_a, key_b = key.format("A"), key.format("B")
         side_a = _entries(getattr(layer, key_a, None))
         side_b = _entries(getattr(layer, key_b, None))
@@ -51,6 +54,23 @@ def candidates(path: str, layer: nn.Module, names: Mapping[int, str]) -> Iterato
             name_b = names.get(id(b), f"{prefix}{key_b}{suffix}")
             name_a = names.get(id(a), f"{prefix}{key_a}{suffix}")
             yield Candidate(layer, path, adapter, b, a, name_b, name_a)
+
+
+def factors_of(layer: nn.Module, adapter: str) -> tuple[Tensor | None, Tensor | None]:
+    """Look up lora_B and lora_A of one adapter of a layer as they are now."""
+    for key in _KEYS:
+        b, a = (_entry(getattr(layer, key.format(side), None), adapter) for side in "BA")
+        if b is not None or a is not None:
+            return b, a
+    return None, None
+
+
+def _entry(side: Any, adapter: str) -> Tensor | None:
+    """Read one adapter's factor."""
+    if adapter:
+        found = isinstance(side, nn.ModuleDict | nn.ParameterDict | Mapping) and adapter in side
+        side = side[adapter] if found else None
+    return _entries(side).get("")
 
 
 def _entries(side: Any) -> dict[str, Tensor]:

@@ -15,11 +15,11 @@ from loft_kernels.adapters import (
     LoRAPair,
     NamedScaling,
     OnUnsupported,
-    check_still_held,
     loft_param_groups,
     pairs_from_names,
 )
 from loft_kernels.clipping import check_max_norm, decide
+from loft_kernels.exchanged import Held
 from loft_kernels.gather import (
     Gathered,
     PairSlot,
@@ -369,7 +369,8 @@ class LoFTAdamW(Optimizer):
                     )
                 taken.add(places[id(tensor)])
             b, a = places[id(pair.lora_B)], places[id(pair.lora_A)]
-            slots.append(PairSlot(pair.name, b, a, pair.scaling))
+            held = Held(pair.scaling.place, pair.lora_B, pair.lora_A)
+            slots.append(PairSlot(pair.name, b, a, pair.scaling, held))
             self._shared_options(slots[-1])
         self._slots += slots
 
@@ -404,7 +405,7 @@ class LoFTAdamW(Optimizer):
             if pair.b.param.numel() == 0 or pair.a.param.numel() == 0:
                 continue
             if pair.b.grad is None or pair.a.grad is None:
-                check_still_held(slot.scaling, pair)
+                slot.held.check(pair)
             if pair.b.grad is not None or pair.a.grad is not None:
                 pairs.append(pair)
         plain = self._plain_parameters()
@@ -471,8 +472,9 @@ class LoFTAdamW(Optimizer):
         if self._slots and sizes != self._sizes:
             raise RuntimeError(
                 f"the parameter groups now hold {sizes} tensors instead of {self._sizes}: a "
-                "wrapper (DeepSpeed ZeRO, FSDP) flattened or replaced them and the LoRA pairing "
-                "is lost. LoFT needs whole factors: use DDP or ZeRO stage 0"
+                "wrapper (DeepSpeed ZeRO, FSDP) flattened them, or left frozen ones out, and the "
+                "LoRA pairing is lost. LoFT needs whole factors: use DDP or ZeRO stage 0, and both "
+                "factors trainable with DeepSpeed's bf16"
             )
 
     def _warn_one_sided(self, pair: Pair) -> None:

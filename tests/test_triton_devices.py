@@ -48,6 +48,8 @@ def run(spread, places, *, max_norm=None, steps=3, frozen=()):
     module, opt = build(case, "ieee")
     for step in range(steps):
         spread(module, places[step % len(places)])
+        if len(places) > 1:
+            opt._gathered = None  # a real move has other addresses: everything is laid out anew
         set_gradients(module, case, step)
         for k in frozen if step == 1 else ():
             module[k].lora_A.grad = module[k].lora_B.grad = None

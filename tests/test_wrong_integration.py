@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 import warnings
 from pathlib import Path
@@ -142,6 +144,30 @@ def test_exchanged_factors_are_refused_at_the_step():
     assert_same(*({k: v for k, v in x.items() if ".grad" not in k} for x in (before, after)))
 
 
+def test_copies_in_the_optimizer_are_no_exchange():
+    """Somebody's fp32 copies, one of which gets no gradient at this step."""
+    net = Net()
+    opt = lk.LoFTAdamW(net)
+    for group in opt.param_groups:
+        group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
+    net.set_gradients(0)
+    copies = [p for group in opt.param_groups for p in group["params"]]
+    for p in copies[1:]:
+        p.grad = torch.ones_like(p)
+    with pytest.warns(UserWarning, match="has no gradient, so the other factor"):
+        opt.step()
+    assert [p for p in copies if p not in opt.state] == copies[:1]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
+def test_a_copy_of_the_optimizer_asks_no_model(copied):
+    net = Net()
+    opt = copied(lk.LoFTAdamW(net))
+    net.set_gradients(0)
+    with pytest.warns(UserWarning, match="none of the 2 LoRA pairs has a gradient"):
+        opt.step()
+
+
 def test_fsdp2_recipe_of_the_docs_goes_in_one_order(one_process, monkeypatch):
     """A set goes by address, which every rank has its own of: gradients of several factors add."""
     text = (Path(__file__).parents[1] / "docs" / "frameworks.md").read_text()
@@ -208,8 +234,9 @@ def test_zero_1_and_2_are_refused_at_the_step(steps):
     flatten(opt)
     message = (
         "the parameter groups now hold [1, 1] tensors instead of [4, 1]: a wrapper (DeepSpeed "
-        "ZeRO, FSDP) flattened or replaced them and the LoRA pairing is lost. LoFT needs whole "
-        "factors: use DDP or ZeRO stage 0"
+        "ZeRO, FSDP) flattened them, or left frozen ones out, and the LoRA pairing is lost. LoFT "
+        "needs whole factors: use DDP or ZeRO stage 0, and both factors trainable with "
+        "DeepSpeed's bf16"
     )
     with pytest.raises(RuntimeError, match=says(message)):
         opt.step()

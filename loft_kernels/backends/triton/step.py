@@ -170,11 +170,12 @@ class LaunchPlan:
 
     def _exchange(self) -> None:
         """Bring what every device measured to all others."""
-        for plan in self._devices:
-            for other in self._devices:
-                if other is not plan:
-                    # torch makes the current streams of both wait for each other.
-                    plan.numbers[other.own].copy_(other.numbers[other.own], non_blocking=True)
+        home, *others = self._devices
+        # torch makes the current streams of both devices wait for each other.
+        for plan in others:
+            home.numbers[plan.own].copy_(plan.numbers[plan.own], non_blocking=True)
+        for plan in others:
+            plan.numbers.copy_(home.numbers, non_blocking=True)
 
     def _bring(self, outside: Outside) -> list[Tensor]:
         """Return fp64 (squared norm of the plain gradients, scale, found_inf) on every device."""
