@@ -29,9 +29,10 @@ class Held:
     def __init__(
         self, place: tuple[weakref.ref[nn.Module], str] | None, lora_B: Tensor, lora_A: Tensor
     ) -> None:
-        """Remember them, and keep none of them alive."""
+        """Remember which they were, and keep none of them alive."""
         self._place = place
-        self._factors = weakref.ref(lora_B), weakref.ref(lora_A)
+        # torch swaps no tensor that a weak reference points to (`Module.to` does, if asked).
+        self._identities = id(lora_B), id(lora_A)
 
     def check(self, pair: Pair) -> None:
         """Notice that the model trains other tensors in place of factors without a gradient.
@@ -44,9 +45,9 @@ class Held:
         if self._place is None or layer is None:
             return
         held = factors_of(layer, self._place[1])
-        for factor, then, now in zip((pair.b, pair.a), self._factors, held, strict=True):
+        for factor, then, now in zip((pair.b, pair.a), self._identities, held, strict=True):
             # Copies that somebody put into the optimizer leave the model as it was.
-            if factor.grad is not None or now is None or now is then():
+            if factor.grad is not None or now is None or id(now) == then:
                 continue
             check_not_flat(factor.name, now)
             if now.is_leaf and now.grad is not None:
@@ -59,7 +60,7 @@ class Held:
 
     def __getstate__(self) -> dict[str, Any]:
         """Drop what neither pickles nor belongs to a copy."""
-        return {"_place": None, "_factors": None}
+        return {"_place": None, "_identities": None}
 
 
 def check_not_flat(name: str, factor: Tensor) -> None:
