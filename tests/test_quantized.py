@@ -11,6 +11,7 @@ from problems import check_displacement, generator
 from runs import (
     DEVICES,
     assert_kernels,
+    assert_same,
     one_thread,  # noqa: F401 - an autouse fixture
 )
 from tiny import TinyDataset, tiny_model
@@ -19,12 +20,24 @@ import loft_kernels as lk
 
 peft = pytest.importorskip("peft", reason="the adapters are PEFT's")
 transformers = pytest.importorskip("transformers", reason="the models are its own")
-pytest.importorskip("bitsandbytes", reason="the quantised base is optional")
 
-BITS = {
-    "4-bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "8-bit": {"load_in_8bit": True},
+
+def bitsandbytes(**options):
+    pytest.importorskip("bitsandbytes", reason="the quantised base is optional")
+    return transformers.BitsAndBytesConfig(**options)
+
+
+def torchao():
+    quantization = pytest.importorskip("torchao.quantization", reason="a quantised base")
+    return transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+
+
+BASES = {
+    "4-bit": lambda: bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "8-bit": lambda: bitsandbytes(load_in_8bit=True),
+    "torchao": torchao,
 }
+PARTS = ("qdata", "scale")  # of torchao's tensors
 PAIRS = 14
 LIMIT = 5e-4  # a few fp32 steps
 
@@ -42,10 +55,9 @@ def adapted(base: torch.nn.Module) -> torch.nn.Module:
     return peft.get_peft_model(base, config)
 
 
-def quantized(folder, bits: str, device: str, **options) -> torch.nn.Module:
-    settings = transformers.BitsAndBytesConfig(**BITS[bits], **options)
+def quantized(folder, kind: str, device: str) -> torch.nn.Module:
     base = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=settings, device_map=device, dtype=torch.float32
+        folder, quantization_config=BASES[kind](), device_map=device, dtype=torch.float32
     )
     return peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
 
@@ -68,21 +80,27 @@ def train(model, opt, steps: range, device: str) -> list[float]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("bits", BITS)
-def test_adapters_train_and_the_base_keeps_its_bytes(bits, device, folder):
-    model = adapted(quantized(folder, bits, device))
+@pytest.mark.parametrize("kind", BASES)
+def test_adapters_train_and_the_base_keeps_its_bytes(kind, device, folder):
+    model = adapted(quantized(folder, kind, device))
     opt = lk.LoFTAdamW(model, lr=1e-2, max_grad_norm=1.0)
     assert len(opt._slots) == PAIRS
     assert len(opt.param_groups) == 1
     losses = train(model, opt, range(1), device)  # bitsandbytes may repack its weights once
-    base = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
-    assert any(not p.is_floating_point() for p in base.values())
+    base = stored_base(model)
+    assert any(not t.is_floating_point() for t in base.values())
     losses += train(model, opt, range(1, 6), device)
     assert_kernels(opt, device)
     assert losses[-1] < losses[0] - 0.2
-    for name, p in model.named_parameters():
-        if "lora_" not in name:
-            assert torch.equal(p, base[name]), name
+    assert_same(base, stored_base(model), "the base")
+
+
+def stored_base(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copy the tensors that the frozen base is stored in."""
+    base = {n: p for n, p in model.named_parameters() if "lora_" not in n}
+    whole = {n: p for n, p in base.items() if not hasattr(p, "qdata")}
+    parts = {f"{n}.{k}": getattr(p, k) for n, p in base.items() for k in PARTS if n not in whole}
+    return {n: t.detach().clone() for n, t in (whole | parts).items()}
 
 
 class Dense:
@@ -112,9 +130,9 @@ class Dense:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("bits", BITS)
-def test_steps_follow_the_dense_oracle(bits, device, folder):
-    model = adapted(quantized(folder, bits, device))
+@pytest.mark.parametrize("kind", BASES)
+def test_steps_follow_the_dense_oracle(kind, device, folder):
+    model = adapted(quantized(folder, kind, device))
     for pair in lk.find_adapters(model).pairs:
         # Drawn on the CPU, wherever the factor is.
         drawn = torch.empty(pair.lora_B.shape, dtype=pair.lora_B.dtype)
@@ -137,19 +155,19 @@ def test_steps_follow_the_dense_oracle(bits, device, folder):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("steps", [2, 3])
-@pytest.mark.parametrize("bits", BITS)
-def test_resume_over_a_quantised_base_is_bitwise(bits, steps, device, folder, tmp_path):
-    whole = adapted(quantized(folder, bits, device))
+@pytest.mark.parametrize("kind", BASES)
+def test_resume_over_a_quantised_base_is_bitwise(kind, steps, device, folder, tmp_path):
+    whole = adapted(quantized(folder, kind, device))
     opt = lk.LoFTAdamW(whole, lr=1e-2)
     train(whole, opt, range(steps), device)
     adapters = {n: p.detach().clone() for n, p in whole.named_parameters() if "lora_" in n}
     torch.save(opt.state_dict(), tmp_path / "optimizer.pt")
     train(whole, opt, range(steps, steps + 2), device)
 
-    again = adapted(quantized(folder, bits, device))
+    again = adapted(quantized(folder, kind, device))
     again.load_state_dict(adapters, strict=False)
     opt = lk.LoFTAdamW(again, lr=1e-2)
     opt.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     train(again, opt, range(steps, steps + 2), device)
-    for (name, p), q in zip(whole.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(p, q), name
+    ends = [dict(model.named_parameters()) for model in (whole, again)]
+    assert_same(*({n: end[n].detach() for n in adapters} for end in ends), "resumed")
