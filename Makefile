@@ -69,6 +69,9 @@ clean: ## remove the environment, build outputs and caches (results/ stays)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 PROGRESS := awk '/^(Collecting|Installing|Successfully|ERROR)/ {print; fflush()}'
 
+# What requirements.txt names in a comment.
+INSTALL_ALSO = { set -o pipefail; $(PIP_INSTALL) $$(sed -n 's/^\# \($(1)==.*\)/\1/p' requirements.txt) | $(PROGRESS); }
+
 $(STAMP): $(VENV)/.requirements pyproject.toml setup.py $(wildcard csrc/*/*)
 	set -o pipefail; $(PIP_INSTALL) --no-build-isolation --no-deps -e . | $(PROGRESS)
 	@touch $@
@@ -81,6 +84,7 @@ $(VENV)/.requirements: requirements.txt
 	@echo 'Installing requirements.txt into $(VENV); the first time takes some minutes.'
 	$(PYTHON) -m venv $(VENV)
 	set -o pipefail; $(PIP_INSTALL) -r requirements.txt | $(PROGRESS)
-	$(BIN)/python -c 'import triton' 2> /dev/null || \
-	  { set -o pipefail; $(PIP_INSTALL) $$(sed -n 's/^# \(triton==.*\)/\1/p' requirements.txt) | $(PROGRESS); }
+	$(BIN)/python -c 'import triton' 2> /dev/null || $(call INSTALL_ALSO,triton)
+	$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None and sys.platform == "linux")' || \
+	  $(call INSTALL_ALSO,deepspeed)
 	@touch $@

@@ -16,7 +16,7 @@ pytest.register_assert_rewrite("dense_net", "pitfalls", "pitfalls_more")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# accelerate imports it wherever it is installed; for a GPU it would look for nvcc.
+# Libraries import DeepSpeed wherever it is, and for a GPU it may ask for a compiler.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
