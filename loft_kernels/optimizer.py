@@ -470,11 +470,13 @@ class LoFTAdamW(Optimizer):
         """Notice wrappers that replaced the parameter lists, which would break the pairing."""
         sizes = [len(group["params"]) for group in self.param_groups]
         if self._slots and sizes != self._sizes:
+            names = [slot.name for slot in self._slots]
+            lost = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if names[2:] else "")
             raise RuntimeError(
                 f"the parameter groups now hold {sizes} tensors instead of {self._sizes}: a "
                 "wrapper (DeepSpeed ZeRO, FSDP) flattened them, or left frozen ones out, and the "
-                "LoRA pairing is lost. LoFT needs whole factors: use DDP or ZeRO stage 0, and both "
-                "factors trainable with DeepSpeed's bf16"
+                f"pairing of {lost} is lost. LoFT needs whole factors: use DDP or ZeRO stage 0, "
+                "and both factors trainable with DeepSpeed's bf16"
             )
 
     def _warn_one_sided(self, pair: Pair) -> None:

@@ -116,6 +116,7 @@ def test_round_trip_through_a_folder_is_bitwise(name, steps, dtype, flat, device
     # Counts of what is no pair stay on the CPU until the first step.
     here, there = ({k: _on_cpu(v) for k, v in x.items()} for x in (at_save, picture(opt)))
     assert_same(here, without_gradients(there), "as loaded")
+    assert {t.device.type for s in opt.state.values() for t in s.values() if t.dim()} == {device}
     take_steps(net, opt, range(steps, steps + 3))
     assert_same(
         without_gradients(picture(whole)), without_gradients(picture(opt)), "after three more steps"

@@ -27,8 +27,8 @@ CLIPPED = (
     "nothing) and LoFTAdamW(max_grad_norm=...)"
 )
 FLATTENED = (
-    "a wrapper (DeepSpeed ZeRO, FSDP) flattened them, or left frozen ones out, and the LoRA "
-    "pairing is lost. LoFT needs whole factors: use DDP or ZeRO stage 0, and both factors "
+    "a wrapper (DeepSpeed ZeRO, FSDP) flattened them, or left frozen ones out, and the pairing of "
+    "first, second is lost. LoFT needs whole factors: use DDP or ZeRO stage 0, and both factors "
     "trainable with DeepSpeed's bf16"
 )
 
@@ -204,12 +204,13 @@ def test_stage_0_in_bf16_is_a_loop_on_fp32_copies_bit_for_bit(deepspeed):
     assert {int(s["step"]) for s in opt.state.values()} == {5}
 
 
-def test_its_checkpoint_resumes_bitwise_in_bf16(deepspeed, tmp_path):
-    net, _, engine = start(deepspeed, 0, dtype="bf16")
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_its_checkpoint_resumes_bitwise(deepspeed, dtype, tmp_path):
+    net, _, engine = start(deepspeed, 0, dtype=dtype)
     go(engine, range(3))
     engine.save_checkpoint(str(tmp_path))
     go(engine, range(3, 6))
-    again, opt, resumed = start(deepspeed, 0, dtype="bf16")
+    again, opt, resumed = start(deepspeed, 0, dtype=dtype)
     resumed.load_checkpoint(str(tmp_path))
     go(resumed, range(3, 6))
     assert_same(values(net.parameters()), values(again.parameters()), "resumed")

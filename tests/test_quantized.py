@@ -171,3 +171,4 @@ def test_resume_over_a_quantised_base_is_bitwise(kind, steps, device, folder, tm
     train(again, opt, range(steps, steps + 2), device)
     ends = [dict(model.named_parameters()) for model in (whole, again)]
     assert_same(*({n: end[n].detach() for n in adapters} for end in ends), "resumed")
+    assert_same(stored_base(whole), stored_base(again), "the base")

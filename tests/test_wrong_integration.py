@@ -66,6 +66,14 @@ def test_fsdp2_model_is_refused_at_construction(one_process):
         lk.LoFTAdamW(net)
 
 
+def test_sharded_factors_are_not_called_frozen(one_process):
+    net = Net()
+    shard(net)
+    with pytest.raises(ValueError, match=r"no trainable LoRA pair in .*is a DTensor") as raised:
+        lk.LoFTAdamW(net, on_unsupported="adamw")
+    assert "none is trainable" not in str(raised.value)
+
+
 def test_fsdp2_swap_by_accelerate_is_refused_at_the_step(one_process):
     """accelerate puts placeholders into the groups, shards, and swaps the shards in."""
     switch = pytest.importorskip("accelerate.utils.fsdp_utils", reason="accelerate is optional")
@@ -234,8 +242,8 @@ def test_zero_1_and_2_are_refused_at_the_step(steps):
     flatten(opt)
     message = (
         "the parameter groups now hold [1, 1] tensors instead of [4, 1]: a wrapper (DeepSpeed "
-        "ZeRO, FSDP) flattened them, or left frozen ones out, and the LoRA pairing is lost. LoFT "
-        "needs whole factors: use DDP or ZeRO stage 0, and both factors trainable with "
+        "ZeRO, FSDP) flattened them, or left frozen ones out, and the pairing of first, second is "
+        "lost. LoFT needs whole factors: use DDP or ZeRO stage 0, and both factors trainable with "
         "DeepSpeed's bf16"
     )
     with pytest.raises(RuntimeError, match=says(message)):
