@@ -475,8 +475,8 @@ class LoFTAdamW(Optimizer):
             raise RuntimeError(
                 f"the parameter groups now hold {sizes} tensors instead of {self._sizes}: a "
                 "wrapper (DeepSpeed ZeRO, FSDP) flattened them, or left frozen ones out, and the "
-                f"pairing of {lost} is lost. LoFT needs whole factors: use DDP or ZeRO stage 0, "
-                "and both factors trainable with DeepSpeed's bf16"
+                f"LoRA pairing is lost ({lost}). LoFT needs whole factors: use DDP or ZeRO stage "
+                "0, and both factors trainable with DeepSpeed's bf16"
             )
 
     def _warn_one_sided(self, pair: Pair) -> None:

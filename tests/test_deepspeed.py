@@ -27,9 +27,9 @@ CLIPPED = (
     "nothing) and LoFTAdamW(max_grad_norm=...)"
 )
 FLATTENED = (
-    "a wrapper (DeepSpeed ZeRO, FSDP) flattened them, or left frozen ones out, and the pairing of "
-    "first, second is lost. LoFT needs whole factors: use DDP or ZeRO stage 0, and both factors "
-    "trainable with DeepSpeed's bf16"
+    "a wrapper (DeepSpeed ZeRO, FSDP) flattened them, or left frozen ones out, and the LoRA "
+    "pairing is lost (first, second). LoFT needs whole factors: use DDP or ZeRO stage 0, and both "
+    "factors trainable with DeepSpeed's bf16"
 )
 
 # The frames that DeepSpeed 0.19 puts around a step, where it is not installed.

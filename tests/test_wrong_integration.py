@@ -242,9 +242,9 @@ def test_zero_1_and_2_are_refused_at_the_step(steps):
     flatten(opt)
     message = (
         "the parameter groups now hold [1, 1] tensors instead of [4, 1]: a wrapper (DeepSpeed "
-        "ZeRO, FSDP) flattened them, or left frozen ones out, and the pairing of first, second is "
-        "lost. LoFT needs whole factors: use DDP or ZeRO stage 0, and both factors trainable with "
-        "DeepSpeed's bf16"
+        "ZeRO, FSDP) flattened them, or left frozen ones out, and the LoRA pairing is lost (first, "
+        "second). LoFT needs whole factors: use DDP or ZeRO stage 0, and both factors trainable "
+        "with DeepSpeed's bf16"
     )
     with pytest.raises(RuntimeError, match=says(message)):
         opt.step()
